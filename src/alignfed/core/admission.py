@@ -1,0 +1,174 @@
+"""What an upload must satisfy before it may be buffered; each refusal has a type and numbers.
+
+The checks run from cheap to dear, and none trusts what the upload says of itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Container
+from dataclasses import dataclass, field
+from statistics import median
+
+from alignfed.core.adapter import Adapter, AdapterLayout
+from alignfed.core.instructions import RejectReason
+from alignfed.core.update import Task, Update
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """Why an upload was refused, for code and for people."""
+
+    reason: RejectReason
+    detail: str
+
+
+@dataclass(slots=True)
+class NormHistory:
+    """Norms of the last accepted updates; an upload far above their median is an outlier.
+
+    Attributes:
+        max_ratio: largest accepted multiple of the median.
+        min_count: accepted norms needed before any upload is judged.
+        recent: the last norms.
+    """
+
+    max_ratio: float
+    min_count: int = 8
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=64))
+
+    def limit(self) -> float:
+        """Return the largest norm that is accepted now (infinity: too few seen to judge)."""
+        if len(self.recent) < self.min_count:
+            return math.inf
+        return self.max_ratio * median(self.recent)
+
+
+def check_origin(
+    update: Update,
+    *,
+    known_client: bool,
+    in_flight: Task | None,
+    expired: Container[int],
+    next_task_id: int,
+    server_version: int,
+    versions: Container[int],
+) -> Rejection | None:
+    """Check who sends an upload, for which task and from which base version.
+
+    Args:
+        update: the upload.
+        known_client: whether the client has ever joined.
+        in_flight: the task with the upload's id, if it is still awaited.
+        expired: task ids the server has stopped waiting for.
+        next_task_id: the first task id not yet given out.
+        server_version: the current version.
+        versions: the versions whose adapters are still held.
+    """
+    if not known_client:
+        return Rejection(
+            RejectReason.UNKNOWN_CLIENT, f"client {update.client_id} has never joined this run"
+        )
+    if in_flight is None:
+        return _not_awaited(update.task_id, expired, next_task_id)
+    if in_flight.client_id != update.client_id:
+        return Rejection(
+            RejectReason.WRONG_CLIENT,
+            f"task {update.task_id} was given to client {in_flight.client_id},"
+            f" not to client {update.client_id}",
+        )
+    if update.base_version > server_version:
+        return Rejection(
+            RejectReason.FUTURE_VERSION,
+            f"base_version={update.base_version} is newer than server_version={server_version}",
+        )
+    if update.base_version not in versions:
+        return Rejection(
+            RejectReason.EVICTED_VERSION,
+            f"base_version={update.base_version} is no longer held"
+            f" (server_version={server_version})",
+        )
+    if update.base_version != in_flight.base_version:
+        return Rejection(
+            RejectReason.WRONG_VERSION,
+            f"base_version={update.base_version}, but task {update.task_id} was dispatched"
+            f" with version {in_flight.base_version}",
+        )
+    return None
+
+
+def check_content(update: Update, expected: AdapterLayout) -> Rejection | None:
+    """Check an upload's numbers: names, shapes, dtypes, finiteness, number of examples."""
+    if (rejection := _check_layout(update.adapter, expected)) is not None:
+        return rejection
+    if not _is_count(update.num_examples):
+        return Rejection(
+            RejectReason.NO_EXAMPLES,
+            f"num_examples={update.num_examples!r}, must be a whole number of at least 1",
+        )
+    if not update.adapter.is_finite():
+        return Rejection(RejectReason.NOT_FINITE, "the adapter holds NaN or infinite elements")
+    for name, value in update.metrics.items():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            return Rejection(RejectReason.NOT_FINITE, f"metric {name!r} is {value!r}")
+    return None
+
+
+def check_norm(update_norm: float, history: NormHistory) -> Rejection | None:
+    """Check an innovation's norm against those accepted lately."""
+    limit = history.limit()
+    if math.isfinite(update_norm) and update_norm <= limit:
+        return None
+    return Rejection(
+        RejectReason.OUTLYING_NORM,
+        f"norm={update_norm:.4g} exceeds {limit:.4g}"
+        f" ({history.max_ratio:g} times the median of the last {len(history.recent)})",
+    )
+
+
+def _not_awaited(task_id: int, expired: Container[int], next_task_id: int) -> Rejection:
+    if not isinstance(task_id, int) or not 0 <= task_id < next_task_id:
+        return Rejection(RejectReason.UNKNOWN_TASK, f"task {task_id!r} was never given out")
+    if task_id in expired:
+        return Rejection(
+            RejectReason.TASK_EXPIRED, f"task {task_id} came after the server stopped waiting"
+        )
+    return Rejection(RejectReason.TASK_USED, f"task {task_id} was already answered")
+
+
+def _check_layout(adapter: Adapter, expected: AdapterLayout) -> Rejection | None:
+    found = adapter.layout
+    if found is expected or found == expected:
+        return _check_buffers(adapter, expected)
+    for kind in ("lora", "dense"):
+        mine, theirs = dict(getattr(expected, kind)), dict(getattr(found, kind))
+        if set(mine) != set(theirs):
+            name = sorted(set(mine) ^ set(theirs))[0]
+            what = "is missing" if name in mine else "is not part of the model"
+            return Rejection(RejectReason.WRONG_NAMES, f"{kind} tensor {name!r} {what}")
+        for name, shape in mine.items():
+            if shape == theirs[name]:
+                continue
+            only_dtype = shape.dtype != theirs[name].dtype
+            reason = RejectReason.WRONG_DTYPE if only_dtype else RejectReason.WRONG_SHAPE
+            return Rejection(reason, f"{name!r} is {theirs[name]}, expected {shape}")
+    return Rejection(RejectReason.WRONG_NAMES, "tensors are not in sorted order")
+
+
+def _check_buffers(adapter: Adapter, expected: AdapterLayout) -> Rejection | None:
+    """An adapter built by hand may claim a layout that its buffers do not have."""
+    for dtype, count in expected.sizes.items():
+        buffer = adapter.buffers.get(dtype)
+        if buffer is None or buffer.dtype != dtype:
+            return Rejection(RejectReason.WRONG_DTYPE, f"no {dtype} buffer of {count} elements")
+        if buffer.shape != (count,):
+            return Rejection(
+                RejectReason.WRONG_SHAPE,
+                f"{dtype} buffer is {tuple(buffer.shape)}, expected ({count},)",
+            )
+    return None
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

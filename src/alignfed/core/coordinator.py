@@ -1,0 +1,431 @@
+"""The asynchronous coordinator: events in, instructions out.
+
+Nothing here reads a clock, a socket, a file or a random source: time comes with each event, and
+what a client computes comes with its upload. The same coordinator runs on a virtual clock and
+behind real devices.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from alignfed.core import admission
+from alignfed.core.adapter import Adapter, difference, norm
+from alignfed.core.events import (
+    ClientJoined,
+    ClientLeft,
+    EvaluationFinished,
+    Event,
+    RunStarted,
+    TaskFailed,
+    TimerFired,
+    UpdateArrived,
+)
+from alignfed.core.instructions import (
+    AppliedUpload,
+    Dispatch,
+    Evaluate,
+    Instruction,
+    Publish,
+    Reject,
+    RejectReason,
+    ServerWork,
+    SetTimer,
+    Stop,
+    StopReason,
+)
+from alignfed.core.ports import (
+    AggregationRule,
+    BufferedUpdate,
+    Calibrator,
+    Flush,
+    LoraRule,
+    Step,
+)
+from alignfed.core.state import ClientRecord, CoordinatorSettings, CoordinatorState, Snapshot
+from alignfed.core.update import Task, Update
+from alignfed.errors import CoordinatorError
+
+
+@dataclass(frozen=True)
+class Coordinator:
+    """The rules of a run; what changes lives in ``CoordinatorState``.
+
+    Attributes:
+        settings: concurrency, buffer, timeouts, stop conditions.
+        rule: turns a buffer of uploads into a server step.
+        lora: how LoRA factors combine.
+        calibrator: the server's calibration mini-batch, if it holds one.
+    """
+
+    settings: CoordinatorSettings
+    rule: AggregationRule
+    lora: LoraRule
+    calibrator: Calibrator | None = None
+
+    def initial_state(self, adapter: Adapter) -> CoordinatorState:
+        """Return the state before the first event, with ``adapter`` as version 0."""
+        return CoordinatorState(
+            adapter=adapter,
+            rule_state=self.rule.init(adapter),
+            norms=admission.NormHistory(self.settings.max_norm_ratio),
+            snapshots={0: Snapshot(adapter)},
+        )
+
+    def handle(
+        self, state: CoordinatorState, event: Event
+    ) -> tuple[CoordinatorState, list[Instruction]]:
+        """Take one event in and return the state and the instructions it leads to.
+
+        The state belongs to the coordinator and may be changed in place.
+
+        Raises:
+            CoordinatorError: the event is of a kind the coordinator does not know.
+        """
+        handler = _HANDLERS.get(type(event))
+        if handler is None:
+            raise CoordinatorError(f"unknown event {type(event).__name__}", event=event)
+        out: list[Instruction] = []
+        handler(self, state, event, out)
+        if state.started and state.stopped is None:
+            self._give_work(state, event.time_s, out)
+            self._set_timer(state, out)
+        return state, out
+
+    # --- events ---------------------------------------------------------------------------
+
+    def _on_run_started(
+        self, state: CoordinatorState, event: RunStarted, out: list[Instruction]
+    ) -> None:
+        if state.started:
+            raise CoordinatorError("the run has already started", time_s=event.time_s)
+        state.started = True
+        self._evaluate(state, out)
+
+    def _on_client_joined(
+        self, state: CoordinatorState, event: ClientJoined, out: list[Instruction]
+    ) -> None:
+        record = state.clients.get(event.client_id)
+        if record is None:
+            record = state.clients[event.client_id] = ClientRecord()
+        record.online = True
+        self._make_idle(state, event.client_id, record)
+
+    def _on_client_left(
+        self, state: CoordinatorState, event: ClientLeft, out: list[Instruction]
+    ) -> None:
+        record = state.clients.get(event.client_id)
+        if record is not None:
+            record.online = False
+
+    def _on_update_arrived(
+        self, state: CoordinatorState, event: UpdateArrived, out: list[Instruction]
+    ) -> None:
+        update = event.update
+        task = state.tasks.get(update.task_id)
+        snapshot = state.snapshots.get(update.base_version)
+        rejection, update_norm = self._judge(state, update, task, snapshot)
+        if task is not None and task.client_id == update.client_id:
+            state.received += 1
+            self._end_task(state, task, event.time_s, failed=rejection is not None)
+        if rejection is not None:
+            state.rejections[rejection.reason] += 1
+            out.append(Reject(update.task_id, update.client_id, rejection.reason, rejection.detail))
+        elif snapshot is not None:
+            self._buffer(state, update, snapshot.adapter, update_norm, event.time_s)
+        if state.stopped is None:
+            self._flush_if_complete(state, event.time_s, out)
+        if state.stopped is None and state.received >= self.settings.stop.max_uploads:
+            self._stop(state, event.time_s, StopReason.MAX_UPLOADS, out)
+
+    def _on_task_failed(
+        self, state: CoordinatorState, event: TaskFailed, out: list[Instruction]
+    ) -> None:
+        task = state.tasks.get(event.task_id)
+        if task is None or task.client_id != event.client_id:
+            return
+        self._end_task(state, task, event.time_s, failed=True)
+        if state.stopped is None:
+            self._flush_if_complete(state, event.time_s, out)
+
+    def _on_timer_fired(
+        self, state: CoordinatorState, event: TimerFired, out: list[Instruction]
+    ) -> None:
+        now_s = event.time_s
+        if now_s >= state.wake_at_s:
+            state.wake_at_s = math.inf
+        if state.stopped is not None:
+            return
+        while state.deadlines and state.deadlines[0][0] <= now_s:
+            _, task_id = state.deadlines.popleft()
+            if (task := state.tasks.get(task_id)) is not None:
+                self._expire(state, task, now_s)
+        while state.cooling and state.cooling[0][0] <= now_s:
+            _, client_id = heapq.heappop(state.cooling)
+            state.idle.append(client_id)
+        if state.flush_due_s <= now_s:
+            self._close_round(state, now_s)
+            self._flush(state, now_s, out)
+        else:
+            self._flush_if_complete(state, now_s, out)
+        if state.stopped is None and now_s >= self.settings.stop.max_time_s:
+            self._stop(state, now_s, StopReason.MAX_TIME, out)
+
+    def _on_evaluation_finished(
+        self, state: CoordinatorState, event: EvaluationFinished, out: list[Instruction]
+    ) -> None:
+        stop = self.settings.stop
+        if event.loss < state.best_loss - stop.min_improvement:
+            state.best_loss = event.loss
+            state.stale_evaluations = 0
+        else:
+            state.stale_evaluations += 1
+        if state.stopped is not None:
+            return
+        # The version that was scored is the one to keep: nothing may be applied on top of it.
+        if event.loss <= stop.target_loss:
+            self._end(state, StopReason.TARGET_LOSS, out)
+        elif state.stale_evaluations >= stop.patience:
+            self._end(state, StopReason.PATIENCE, out)
+
+    # --- clients and tasks ----------------------------------------------------------------
+
+    def _give_work(self, state: CoordinatorState, now_s: float, out: list[Instruction]) -> None:
+        if self.rule.synchronous:
+            if state.tasks or state.buffer:
+                return
+            started = False
+            while len(state.tasks) < self.settings.concurrency and self._dispatch(
+                state, now_s, out
+            ):
+                started = True
+            if started:
+                state.flush_due_s = now_s + self.settings.flush_timeout_s
+            return
+        while len(state.tasks) < self.settings.concurrency and self._dispatch(state, now_s, out):
+            pass
+
+    def _dispatch(self, state: CoordinatorState, now_s: float, out: list[Instruction]) -> bool:
+        while state.idle:
+            client_id = state.idle.popleft()
+            record = state.clients[client_id]
+            record.queued = False
+            if not record.online:
+                continue
+            deadline_s = now_s + self.settings.task_timeout_s
+            task = Task(state.next_task_id, client_id, state.version, record.dispatches, deadline_s)
+            state.next_task_id += 1
+            record.dispatches += 1
+            record.task_id = task.task_id
+            state.tasks[task.task_id] = task
+            state.snapshots[state.version].references += 1
+            if deadline_s < math.inf:
+                state.deadlines.append((deadline_s, task.task_id))
+            out.append(Dispatch(task, state.adapter))
+            return True
+        return False
+
+    def _make_idle(self, state: CoordinatorState, client_id: int, record: ClientRecord) -> None:
+        if record.queued or record.task_id is not None or not record.online:
+            return
+        record.queued = True
+        state.idle.append(client_id)
+
+    def _end_task(self, state: CoordinatorState, task: Task, now_s: float, *, failed: bool) -> None:
+        del state.tasks[task.task_id]
+        snapshot = state.snapshots[task.base_version]
+        snapshot.references -= 1
+        if snapshot.references == 0 and task.base_version != state.version:
+            del state.snapshots[task.base_version]
+        record = state.clients[task.client_id]
+        record.task_id = None
+        if not failed:
+            record.failures = 0
+            self._make_idle(state, task.client_id, record)
+            return
+        record.failures += 1
+        backoff_s = self.settings.retry_backoff_s * 2.0 ** min(record.failures - 1, 62)
+        if backoff_s == 0:
+            self._make_idle(state, task.client_id, record)
+            return
+        record.queued = True
+        ready_at_s = now_s + min(backoff_s, self.settings.max_backoff_s)
+        heapq.heappush(state.cooling, (ready_at_s, task.client_id))
+
+    def _expire(self, state: CoordinatorState, task: Task, now_s: float) -> None:
+        state.expired.add(task.task_id)
+        self._end_task(state, task, now_s, failed=True)
+
+    # --- uploads and versions -------------------------------------------------------------
+
+    def _judge(
+        self,
+        state: CoordinatorState,
+        update: Update,
+        task: Task | None,
+        snapshot: Snapshot | None,
+    ) -> tuple[admission.Rejection | None, float]:
+        if state.stopped is not None:
+            return (
+                admission.Rejection(RejectReason.RUN_STOPPED, f"the run ended: {state.stopped}"),
+                0.0,
+            )
+        rejection = admission.check_origin(
+            update,
+            known_client=update.client_id in state.clients,
+            in_flight=task,
+            expired=state.expired,
+            next_task_id=state.next_task_id,
+            server_version=state.version,
+            versions=state.snapshots,
+        ) or admission.check_content(update, state.adapter.layout)
+        if rejection is not None or snapshot is None:
+            return rejection, 0.0
+        update_norm = norm(difference(update.adapter, snapshot.adapter))
+        return admission.check_norm(update_norm, state.norms), update_norm
+
+    def _buffer(
+        self,
+        state: CoordinatorState,
+        update: Update,
+        base: Adapter,
+        update_norm: float,
+        now_s: float,
+    ) -> None:
+        record = state.clients[update.client_id]
+        record.uploads += 1
+        state.accepted += 1
+        state.participants += record.uploads == 1
+        state.norms.recent.append(update_norm)
+        if not state.buffer and not self.rule.synchronous:
+            state.flush_due_s = now_s + self.settings.flush_timeout_s
+        state.buffer.append(BufferedUpdate(update, base, update_norm, record.uploads))
+
+    def _flush_if_complete(
+        self, state: CoordinatorState, now_s: float, out: list[Instruction]
+    ) -> None:
+        if self.rule.synchronous:
+            complete = not state.tasks
+        else:
+            complete = len(state.buffer) >= self.settings.buffer_size
+        if complete:
+            self._flush(state, now_s, out)
+
+    def _close_round(self, state: CoordinatorState, now_s: float) -> None:
+        if self.rule.synchronous:
+            for task in list(state.tasks.values()):
+                self._expire(state, task, now_s)
+
+    def _flush(self, state: CoordinatorState, now_s: float, out: list[Instruction]) -> None:
+        state.flush_due_s = math.inf
+        if not state.buffer:
+            return
+        updates = tuple(
+            replace(entry, staleness=state.version - entry.update.base_version)
+            for entry in state.buffer
+        )
+        flush = Flush(
+            version=state.version,
+            adapter=state.adapter,
+            updates=updates,
+            mean_uploads=state.accepted / state.participants,
+            clients=len(state.clients),
+            lora=self.lora,
+            calibrator=self.calibrator,
+        )
+        rule_state, step = self.rule.apply(state.rule_state, flush)
+        if step.adapter.is_finite():
+            state.rule_state = rule_state
+        else:
+            step = _refused(step, state.adapter)
+        state.buffer.clear()
+        self._publish(state, step, updates, out)
+        if state.version % self.settings.evaluate_every == 0:
+            self._evaluate(state, out)
+        if state.stopped is None and state.version >= self.settings.stop.max_versions:
+            self._stop(state, now_s, StopReason.MAX_VERSIONS, out)
+
+    def _publish(
+        self,
+        state: CoordinatorState,
+        step: Step,
+        updates: tuple[BufferedUpdate, ...],
+        out: list[Instruction],
+    ) -> None:
+        if state.snapshots[state.version].references == 0:
+            del state.snapshots[state.version]
+        state.version += 1
+        state.adapter = step.adapter
+        state.snapshots[state.version] = Snapshot(step.adapter)
+        applied = tuple(
+            AppliedUpload(
+                task_id=entry.update.task_id,
+                client_id=entry.update.client_id,
+                base_version=entry.update.base_version,
+                staleness=entry.staleness,
+                weight=weight,
+                norm=entry.norm,
+            )
+            for entry, weight in zip(updates, step.weights, strict=True)
+        )
+        out.append(Publish(state.version, step.adapter, applied, step.notes, step.work))
+
+    # --- evaluation, timers, the end ------------------------------------------------------
+
+    def _evaluate(self, state: CoordinatorState, out: list[Instruction]) -> None:
+        if state.evaluated_version != state.version:
+            state.evaluated_version = state.version
+            out.append(Evaluate(state.version, state.adapter))
+
+    def _set_timer(self, state: CoordinatorState, out: list[Instruction]) -> None:
+        due_s = min(state.flush_due_s, self.settings.stop.max_time_s)
+        while state.deadlines and state.deadlines[0][1] not in state.tasks:
+            state.deadlines.popleft()
+        if state.deadlines:
+            due_s = min(due_s, state.deadlines[0][0])
+        if state.cooling:
+            due_s = min(due_s, state.cooling[0][0])
+        if due_s < state.wake_at_s:
+            state.wake_at_s = due_s
+            out.append(SetTimer(due_s))
+
+    def _stop(
+        self, state: CoordinatorState, now_s: float, reason: StopReason, out: list[Instruction]
+    ) -> None:
+        """End the run with every accepted upload applied."""
+        state.stopped = reason
+        self._flush(state, now_s, out)
+        self._evaluate(state, out)
+        self._end(state, reason, out)
+
+    def _end(self, state: CoordinatorState, reason: StopReason, out: list[Instruction]) -> None:
+        state.stopped = reason
+        out.append(Stop(reason, state.version))
+
+
+def _refused(step: Step, adapter: Adapter) -> Step:
+    """A step with NaN or infinite elements leaves the model as it is, and the record says so."""
+    return Step(
+        adapter=adapter,
+        weights=tuple(0.0 for _ in step.weights),
+        notes={
+            **{name: value for name, value in step.notes.items() if math.isfinite(value)},
+            "step_refused": 1.0,
+        },
+        work=ServerWork(step.work.bytes_moved, step.work.calibration_tokens),
+    )
+
+
+_HANDLERS: dict[type, Callable[[Coordinator, CoordinatorState, Any, list[Instruction]], None]] = {
+    RunStarted: Coordinator._on_run_started,
+    ClientJoined: Coordinator._on_client_joined,
+    ClientLeft: Coordinator._on_client_left,
+    UpdateArrived: Coordinator._on_update_arrived,
+    TaskFailed: Coordinator._on_task_failed,
+    TimerFired: Coordinator._on_timer_fired,
+    EvaluationFinished: Coordinator._on_evaluation_finished,
+}

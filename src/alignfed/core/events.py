@@ -1,0 +1,80 @@
+"""What has happened, told to the coordinator. Past tense; each carries its time in seconds.
+
+``time_s`` is the driver's clock, virtual or real; the coordinator reads no other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from alignfed.core.update import Update
+
+
+@dataclass(frozen=True, slots=True)
+class RunStarted:
+    """The run begins; the adapter of version 0 is in place."""
+
+    time_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ClientJoined:
+    """A client became reachable and may be given work."""
+
+    time_s: float
+    client_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClientLeft:
+    """A client is no longer reachable; a task it holds may still come back."""
+
+    time_s: float
+    client_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateArrived:
+    """An upload reached the server."""
+
+    time_s: float
+    update: Update
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFailed:
+    """A client reported, or the driver learned, that a task will not be finished."""
+
+    time_s: float
+    task_id: int
+    client_id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TimerFired:
+    """The time of the latest ``SetTimer`` has come."""
+
+    time_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationFinished:
+    """The common evaluation set was scored with one version's adapter."""
+
+    time_s: float
+    version: int
+    loss: float
+    score: float | None = None
+
+
+Event: TypeAlias = (
+    RunStarted
+    | ClientJoined
+    | ClientLeft
+    | UpdateArrived
+    | TaskFailed
+    | TimerFired
+    | EvaluationFinished
+)

@@ -1,0 +1,134 @@
+"""What the driver is to do. Imperative; carried out in the order given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TypeAlias
+
+from alignfed.core.adapter import Adapter
+from alignfed.core.update import Task
+
+
+class RejectReason(StrEnum):
+    """Why an upload was not accepted."""
+
+    UNKNOWN_CLIENT = "unknown_client"
+    UNKNOWN_TASK = "unknown_task"
+    TASK_USED = "task_used"
+    TASK_EXPIRED = "task_expired"
+    WRONG_CLIENT = "wrong_client"
+    FUTURE_VERSION = "future_version"
+    EVICTED_VERSION = "evicted_version"
+    WRONG_VERSION = "wrong_version"
+    WRONG_NAMES = "wrong_names"
+    WRONG_SHAPE = "wrong_shape"
+    WRONG_DTYPE = "wrong_dtype"
+    NOT_FINITE = "not_finite"
+    NO_EXAMPLES = "no_examples"
+    OUTLYING_NORM = "outlying_norm"
+    RUN_STOPPED = "run_stopped"
+
+
+class StopReason(StrEnum):
+    """Why a run ended."""
+
+    MAX_TIME = "max_time"
+    MAX_UPLOADS = "max_uploads"
+    MAX_VERSIONS = "max_versions"
+    TARGET_LOSS = "target_loss"
+    PATIENCE = "patience"
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Send a task and the adapter of its base version to its client."""
+
+    task: Task
+    adapter: Adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """Record that an upload was refused, and why; the run goes on."""
+
+    task_id: int
+    client_id: int
+    reason: RejectReason
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class AppliedUpload:
+    """What one upload did in a flush.
+
+    Attributes:
+        weight: its coefficient in the server step.
+        norm: Euclidean norm of its innovation, factor by factor.
+    """
+
+    task_id: int
+    client_id: int
+    base_version: int
+    staleness: int
+    weight: float
+    norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class ServerWork:
+    """The size of the server's own work, from which a driver may model its duration.
+
+    Attributes:
+        bytes_moved: bytes read and written while aggregating.
+        calibration_tokens: calibration tokens sent forward through the model.
+    """
+
+    bytes_moved: int = 0
+    calibration_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """A flush made a new server version.
+
+    Attributes:
+        version: the new version.
+        adapter: its adapter.
+        applied: the uploads in the flush, in order of arrival.
+        notes: what the rule wants on record, for example ``calibration_loss_after``.
+        work: size of the server's work for this flush.
+    """
+
+    version: int
+    adapter: Adapter
+    applied: tuple[AppliedUpload, ...]
+    notes: Mapping[str, float] = field(default_factory=dict)
+    work: ServerWork = ServerWork()
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluate:
+    """Score a version on the common evaluation set and answer with ``EvaluationFinished``."""
+
+    version: int
+    adapter: Adapter
+
+
+@dataclass(frozen=True, slots=True)
+class SetTimer:
+    """Answer with ``TimerFired`` at ``at_s``. Earlier timers stay set."""
+
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The run is over; the adapter to keep is that of ``version``."""
+
+    reason: StopReason
+    version: int
+
+
+Instruction: TypeAlias = Dispatch | Reject | Publish | Evaluate | SetTimer | Stop

@@ -1,0 +1,222 @@
+"""Protocols at the seams: what the core and the drivers ask of training, rules and journals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from alignfed.core.adapter import Adapter
+from alignfed.core.events import Event
+from alignfed.core.instructions import Instruction, ServerWork
+from alignfed.core.update import Task, Update
+
+
+@dataclass(frozen=True, slots=True)
+class TaskWork:
+    """What a task will cost its device, known at dispatch, before anything is computed.
+
+    Attributes:
+        tokens: tokens (padding included) that pass through the model in all local steps.
+        flops_per_token: forward and backward FLOPs for one token.
+    """
+
+    tokens: int
+    flops_per_token: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingJob:
+    """A task and the adapter its client starts from."""
+
+    task: Task
+    adapter: Adapter
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingResult:
+    """What local training gives: the trained adapter and what the client reports of it."""
+
+    adapter: Adapter
+    num_examples: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class ClientTrainer(Protocol):
+    """Trains clients. A result depends on the job alone, never on when it is computed."""
+
+    def work(self, task: Task) -> TaskWork:
+        """Return what the task will cost, without computing it."""
+        ...
+
+    def train(self, jobs: Sequence[TrainingJob]) -> Sequence[TrainingResult]:
+        """Return one result a job, in order. Jobs may be computed together."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A score on held-out data.
+
+    Attributes:
+        loss: mean cross-entropy per scored token (or per example for a classifier), in nats.
+        score: exact match or accuracy in [0, 1]; None when not asked for.
+        num_examples: examples scored.
+    """
+
+    loss: float
+    score: float | None
+    num_examples: int
+
+
+class Evaluator(Protocol):
+    """Scores adapters on data no client trains on."""
+
+    def evaluate(self, adapter: Adapter, *, with_score: bool) -> Evaluation:
+        """Score an adapter on the common evaluation set."""
+        ...
+
+    def evaluate_clients(self, adapter: Adapter) -> Mapping[int, Evaluation]:
+        """Score an adapter on each client's own held-out slice, loss only."""
+        ...
+
+
+class Calibrator(Protocol):
+    """Looks at adapters through the server's calibration mini-batch."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens (padding included) in the calibration mini-batch."""
+        ...
+
+    def loss(self, adapter: Adapter) -> float:
+        """Return the mean loss on the calibration mini-batch, in nats."""
+        ...
+
+    def inputs(self, adapter: Adapter) -> Mapping[str, Tensor]:
+        """Return the inputs of each adapted module, by name, shape ``(positions, in_dim)``."""
+        ...
+
+    def features(self, adapter: Adapter) -> Tensor:
+        """Return penultimate features, shape ``(positions, hidden_dim)``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class BufferedUpdate:
+    """An accepted upload waiting for its flush.
+
+    Attributes:
+        update: the upload.
+        base: the adapter its client started from.
+        norm: Euclidean norm of ``update.adapter - base``, factor by factor.
+        uploads: this client's accepted uploads so far, this one included.
+        staleness: server versions passed since its base; set when the flush begins.
+    """
+
+    update: Update
+    base: Adapter
+    norm: float
+    uploads: int
+    staleness: int = 0
+
+
+class LoraRule(Protocol):
+    """How factors combine, independent of when updates arrive."""
+
+    name: str
+
+    def combine(self, current: Adapter, terms: Sequence[tuple[float, Adapter, Adapter]]) -> Adapter:
+        """Return ``current + sum_j c_j (update_j - base_j)`` in this rule's space.
+
+        Args:
+            current: the adapter to move; the result has its layout.
+            terms: ``(c_j, update_j, base_j)``.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Flush:
+    """All a rule may look at when the buffer is applied.
+
+    Attributes:
+        version: the current server version (the result becomes ``version + 1``).
+        adapter: its adapter.
+        updates: the buffered updates with their staleness, in order of arrival.
+        mean_uploads: accepted uploads per client, averaged over the clients seen so far.
+        clients: number of clients that have ever joined.
+        lora: how factors combine.
+        calibrator: the calibration mini-batch, or None where the server holds none.
+    """
+
+    version: int
+    adapter: Adapter
+    updates: tuple[BufferedUpdate, ...]
+    mean_uploads: float
+    clients: int
+    lora: LoraRule
+    calibrator: Calibrator | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a rule makes of a flush.
+
+    Attributes:
+        adapter: the next server version's adapter.
+        weights: coefficient of each buffered update, in order.
+        notes: what to record, for example calibration loss before and after.
+        work: size of the server's work.
+    """
+
+    adapter: Adapter
+    weights: tuple[float, ...]
+    notes: Mapping[str, float] = field(default_factory=dict)
+    work: ServerWork = ServerWork()
+
+
+class AggregationRule(Protocol):
+    """A pair of pure functions, state in and state out."""
+
+    name: str
+    synchronous: bool
+
+    def init(self, adapter: Adapter) -> Any:
+        """Return the rule's state before the first flush (a dataclass of adapters and numbers)."""
+        ...
+
+    def apply(self, state: Any, flush: Flush) -> tuple[Any, Step]:
+        """Return the next state and the server step."""
+        ...
+
+
+class Journal(Protocol):
+    """The durable record of a run."""
+
+    def record(self, event: Event, instructions: Sequence[Instruction]) -> None:
+        """Append an event and the instructions it led to."""
+        ...
+
+    def record_cohort(self, time_s: float, task_ids: Sequence[int]) -> None:
+        """Append which tasks were computed together."""
+        ...
+
+
+__all__ = [
+    "AggregationRule",
+    "BufferedUpdate",
+    "Calibrator",
+    "ClientTrainer",
+    "Evaluation",
+    "Evaluator",
+    "Flush",
+    "Journal",
+    "LoraRule",
+    "Step",
+    "TaskWork",
+    "TrainingJob",
+    "TrainingResult",
+]
