@@ -193,7 +193,7 @@ class Adapter:
         """SHA-256 over names, sizes, dtypes and the exact bits, as 64 hexadecimal digits."""
         digest = hashlib.sha256(repr((self.layout.lora, self.layout.dense)).encode())
         for dtype in sorted(self.buffers, key=str):
-            digest.update(self.buffers[dtype].cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(self.buffers[dtype].cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def is_finite(self) -> bool:

@@ -1,0 +1,399 @@
+"""Drives the coordinator on a virtual clock: exact in order, and free to compute ahead.
+
+What a client will compute is fixed when it is dispatched. So a result is only computed when the
+clock reaches its arrival, and then together with others already under way (lookahead). Nothing
+here reads the real time; the server's own time is modelled from the sizes of its work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from alignfed.core.adapter import Adapter
+from alignfed.core.coordinator import Coordinator
+from alignfed.core.events import (
+    ClientJoined,
+    ClientLeft,
+    EvaluationFinished,
+    Event,
+    RunStarted,
+    TaskFailed,
+    TimerFired,
+    UpdateArrived,
+)
+from alignfed.core.instructions import (
+    Dispatch,
+    Evaluate,
+    Instruction,
+    Publish,
+    Reject,
+    SetTimer,
+    Stop,
+)
+from alignfed.core.ports import (
+    ClientTrainer,
+    Evaluation,
+    Journal,
+    TrainingJob,
+    TrainingResult,
+)
+from alignfed.core.state import CoordinatorState
+from alignfed.core.update import Task, Update
+from alignfed.simulation.clock import VirtualClock
+from alignfed.simulation.cost import ServerProfile, TaskCost
+from alignfed.simulation.fleet import Fleet
+
+
+@dataclass(frozen=True, slots=True)
+class UploadDue:
+    """The last byte of a task's upload reaches the server."""
+
+    task_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class TaskLost:
+    """A device stops working on a task; ``reported`` tells whether the server learns of it."""
+
+    task_id: int
+    reason: str
+    reported: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AvailabilityChanged:
+    """A device comes within reach or leaves it."""
+
+    device_id: int
+
+
+ClockEvent: TypeAlias = UploadDue | TaskLost | AvailabilityChanged | TimerFired
+
+
+@dataclass(slots=True)
+class RunningTask:
+    """A task on a device.
+
+    Attributes:
+        task: what was dispatched.
+        adapter: where the client starts from.
+        arrival_s: when its upload reaches the server (infinity: it never will).
+        tokens: tokens its training takes.
+        result: what the client computed, once it has been computed.
+    """
+
+    task: Task
+    adapter: Adapter
+    arrival_s: float
+    tokens: int
+    result: TrainingResult | None = None
+
+
+@dataclass(slots=True)
+class EngineState:
+    """Everything needed to go on from here; between two steps it is complete.
+
+    Attributes:
+        coordinator: the coordinator's state.
+        now_s: virtual time.
+        server_free_s: when the server has finished its current work.
+        sequence: next sequence number of the clock.
+        pending: ``(time_s, sequence, event)`` of everything on the clock.
+        running: tasks on devices, by task id.
+        on_device: the task each busy device works on, by device id.
+        downloaded_bytes: bytes sent to clients.
+        uploaded_bytes: bytes received from clients.
+        trained_tokens: tokens of the tasks whose uploads arrived.
+        server_busy_s: modelled server time so far.
+        lost_tasks: tasks that ended without an upload.
+    """
+
+    coordinator: CoordinatorState
+    now_s: float = 0.0
+    server_free_s: float = 0.0
+    sequence: int = 0
+    pending: list[tuple[float, int, ClockEvent]] = field(default_factory=list)
+    running: dict[int, RunningTask] = field(default_factory=dict)
+    on_device: dict[int, int] = field(default_factory=dict)
+    downloaded_bytes: int = 0
+    uploaded_bytes: int = 0
+    trained_tokens: int = 0
+    server_busy_s: float = 0.0
+    lost_tasks: int = 0
+
+
+@dataclass(frozen=True)
+class EngineParts:
+    """What an engine is made of.
+
+    Attributes:
+        coordinator: decides.
+        trainer: computes clients' results.
+        fleet: tells how long devices take.
+        server: tells how long the server takes.
+        clients: client ids, in the order in which they first report; each is a device id too.
+        evaluate: scores a version on the common evaluation set; None scores nothing.
+        journal: keeps the record; None keeps none.
+        cohort_size: how many tasks to compute together at most.
+        calibration_flops_per_token: forward FLOPs of one calibration token on the server.
+    """
+
+    coordinator: Coordinator
+    trainer: ClientTrainer
+    fleet: Fleet
+    server: ServerProfile
+    clients: Sequence[int]
+    evaluate: Callable[[Adapter], Evaluation] | None = None
+    journal: Journal | None = None
+    cohort_size: int = 1
+    calibration_flops_per_token: float = 0.0
+
+
+class Engine:
+    """A running simulation. ``step`` until it returns False, or ``run``."""
+
+    def __init__(self, parts: EngineParts, adapter: Adapter) -> None:
+        """Set up virtual time zero with ``adapter`` as version 0."""
+        self._parts = parts
+        self._state = EngineState(parts.coordinator.initial_state(adapter))
+        self._clock: VirtualClock[ClockEvent] = VirtualClock()
+        self._to_handle: deque[Event] = deque()
+        self._begun = False
+
+    @classmethod
+    def restore(cls, parts: EngineParts, state: EngineState) -> Engine:
+        """Continue from a state that ``snapshot`` returned."""
+        engine = cls.__new__(cls)
+        engine._parts = parts
+        engine._state = state
+        engine._clock = VirtualClock.restore(state.now_s, state.sequence, state.pending)
+        engine._to_handle = deque()
+        engine._begun = state.coordinator.started
+        return engine
+
+    def snapshot(self) -> EngineState:
+        """Return the complete state, to be written down before the next step."""
+        self._state.pending = self._clock.pending()
+        self._state.sequence = self._clock.sequence
+        return self._state
+
+    @property
+    def state(self) -> EngineState:
+        """The state as it is; read only. ``pending`` is current in ``snapshot`` alone."""
+        return self._state
+
+    @property
+    def finished(self) -> bool:
+        """Whether the coordinator has stopped the run."""
+        return self._state.coordinator.stopped is not None
+
+    def run(self) -> EngineState:
+        """Step until the run ends."""
+        while self.step():
+            pass
+        return self._state
+
+    def step(self) -> bool:
+        """Handle the next event on the clock; return whether the run goes on.
+
+        A run whose clock runs empty (every client gone for good) ends here too; ``finished``
+        then stays False.
+        """
+        if self.finished:
+            return False
+        if not self._begun:
+            self._begin()
+            return not self.finished
+        if not len(self._clock):
+            return False
+        time_s, event = self._clock.pop()
+        self._state.now_s = time_s
+        match event:
+            case UploadDue():
+                self._on_upload_due(event)
+            case TaskLost():
+                self._on_task_lost(event)
+            case AvailabilityChanged():
+                self._on_availability_changed(event)
+            case TimerFired():
+                self._handle(TimerFired(self._server_time()))
+        return not self.finished
+
+    # --- what happens on the clock --------------------------------------------------------
+
+    def _begin(self) -> None:
+        self._begun = True
+        conditions = self._parts.fleet.conditions
+        for client_id in self._parts.clients:
+            if conditions.available(client_id, 0.0):
+                self._handle(ClientJoined(0.0, client_id))
+            self._schedule_availability(client_id, 0.0)
+        self._handle(RunStarted(0.0))
+
+    def _on_upload_due(self, due: UploadDue) -> None:
+        running = self._state.running.get(due.task_id)
+        if running is None:
+            return
+        if running.result is None:
+            self._compute(running)
+        result = running.result
+        assert result is not None
+        task = running.task
+        self._release(running)
+        self._state.uploaded_bytes += result.adapter.size_bytes
+        self._state.trained_tokens += running.tokens
+        update = Update(
+            task.task_id,
+            task.client_id,
+            task.base_version,
+            result.adapter,
+            result.num_examples,
+            result.metrics,
+        )
+        self._handle(UpdateArrived(self._server_time(), update))
+
+    def _on_task_lost(self, lost: TaskLost) -> None:
+        running = self._state.running.get(lost.task_id)
+        if running is None:
+            return
+        self._release(running)
+        self._state.lost_tasks += 1
+        if lost.reported:
+            task = running.task
+            self._handle(TaskFailed(self._server_time(), task.task_id, task.client_id, lost.reason))
+
+    def _on_availability_changed(self, change: AvailabilityChanged) -> None:
+        now_s, device_id = self._state.now_s, change.device_id
+        self._schedule_availability(device_id, now_s)
+        if self._parts.fleet.conditions.available(device_id, now_s):
+            self._handle(ClientJoined(self._server_time(), device_id))
+        else:
+            self._handle(ClientLeft(self._server_time(), device_id))
+
+    def _schedule_availability(self, device_id: int, now_s: float) -> None:
+        change_s = self._parts.fleet.conditions.next_change_s(device_id, now_s)
+        if change_s < math.inf:
+            self._clock.schedule(change_s, AvailabilityChanged(device_id))
+
+    # --- the coordinator and its instructions ---------------------------------------------
+
+    def _server_time(self) -> float:
+        """When the server gets to something that happens now: at once, unless it is busy."""
+        return max(self._state.now_s, self._state.server_free_s)
+
+    def _handle(self, event: Event) -> None:
+        self._to_handle.append(event)
+        coordinator, journal = self._parts.coordinator, self._parts.journal
+        while self._to_handle:
+            event = self._to_handle.popleft()
+            self._state.coordinator, instructions = coordinator.handle(
+                self._state.coordinator, event
+            )
+            if journal is not None:
+                journal.record(event, instructions)
+            for instruction in instructions:
+                self._carry_out(instruction, event.time_s)
+
+    def _carry_out(self, instruction: Instruction, time_s: float) -> None:
+        match instruction:
+            case Dispatch():
+                self._start(instruction, max(time_s, self._state.server_free_s))
+            case SetTimer():
+                at_s = max(instruction.at_s, self._state.now_s)
+                self._clock.schedule(at_s, TimerFired(at_s))
+            case Publish():
+                self._charge(instruction, time_s)
+            case Evaluate():
+                self._evaluate(instruction, time_s)
+            case Reject() | Stop():
+                pass
+
+    def _charge(self, publish: Publish, time_s: float) -> None:
+        flops = publish.work.calibration_tokens * self._parts.calibration_flops_per_token
+        busy_s = self._parts.server.server_time_s(publish.work.bytes_moved, flops)
+        self._state.server_busy_s += busy_s
+        self._state.server_free_s = max(time_s, self._state.server_free_s) + busy_s
+
+    def _evaluate(self, instruction: Evaluate, time_s: float) -> None:
+        if self._parts.evaluate is None:
+            return
+        found = self._parts.evaluate(instruction.adapter)
+        self._to_handle.append(
+            EvaluationFinished(time_s, instruction.version, found.loss, found.score)
+        )
+
+    def _start(self, dispatch: Dispatch, start_s: float) -> None:
+        state, task = self._state, dispatch.task
+        self._abandon(task.client_id)
+        work = self._parts.trainer.work(task)
+        size_bytes = dispatch.adapter.size_bytes
+        cost = TaskCost(work.tokens, work.flops_per_token, size_bytes, size_bytes)
+        times = self._parts.fleet.task_times(task.client_id, start_s, cost)
+        state.downloaded_bytes += size_bytes
+        state.on_device[task.client_id] = task.task_id
+        if times.lost_at_s is None:
+            arrival_s = times.finished_s
+            self._clock.schedule(arrival_s, UploadDue(task.task_id))
+        else:
+            arrival_s = math.inf
+            reason = str(times.lost_reason)
+            reported = reason != "failure"
+            self._clock.schedule(times.lost_at_s, TaskLost(task.task_id, reason, reported))
+        state.running[task.task_id] = RunningTask(task, dispatch.adapter, arrival_s, work.tokens)
+
+    def _abandon(self, device_id: int) -> None:
+        """A device that is given new work drops what the server no longer waits for."""
+        task_id = self._state.on_device.get(device_id)
+        if task_id is not None:
+            self._release(self._state.running[task_id])
+            self._state.lost_tasks += 1
+
+    def _release(self, running: RunningTask) -> None:
+        del self._state.running[running.task.task_id]
+        del self._state.on_device[running.task.client_id]
+
+    # --- lookahead ------------------------------------------------------------------------
+
+    def _compute(self, needed: RunningTask) -> None:
+        """Compute the result needed now, and with it others that will be needed."""
+        cohort = [needed, *self._worth_computing(needed)]
+        jobs = [TrainingJob(running.task, running.adapter) for running in cohort]
+        results = self._parts.trainer.train(jobs)
+        for running, result in zip(cohort, results, strict=True):
+            running.result = result
+        if self._parts.journal is not None:
+            task_ids = [running.task.task_id for running in cohort]
+            self._parts.journal.record_cohort(self._state.now_s, task_ids)
+
+    def _worth_computing(self, needed: RunningTask) -> list[RunningTask]:
+        """Tasks under way that will report before the run can end, earliest first."""
+        stop = self._parts.coordinator.settings.stop
+        remaining = stop.max_uploads - self._state.coordinator.received - 1
+        width = int(min(self._parts.cohort_size - 1, remaining))
+        if width <= 0:
+            return []
+        tasks = self._state.coordinator.tasks
+        others = sorted(
+            (running.arrival_s, running.task.task_id, running)
+            for running in self._state.running.values()
+            if running is not needed
+            and running.arrival_s <= stop.max_time_s
+            and running.task.task_id in tasks
+        )
+        # Those already computed count too: they arrive before the run ends and use up its limit.
+        within = others if math.isinf(remaining) else others[: int(remaining)]
+        return [running for _, _, running in within if running.result is None][:width]
+
+
+CHECKPOINTED: tuple[type[Any], ...] = (
+    UploadDue,
+    TaskLost,
+    AvailabilityChanged,
+    RunningTask,
+    EngineState,
+)
+"""What a checkpoint of an engine holds besides the core's own types."""
