@@ -89,7 +89,7 @@ class AdapterLayout:
 
     @cached_property
     def slices(self) -> tuple[tuple[str, str, torch.dtype, tuple[int, ...], int], ...]:
-        """``(name, part, dtype, shape, offset)`` of each tensor; part is ``a``, ``b``, ``dense``."""
+        """``(name, part, dtype, shape, offset)`` of each tensor; part is a, b or dense."""
         ends: dict[torch.dtype, int] = {}
         found = []
         for name, part, dtype_name, shape in self._tensors():

@@ -1,0 +1,299 @@
+"""AlignFed: version-aware grouping, cross-version alignment and fairness, in one server step.
+
+After Wang, Gao and Wang 2026, "AlignFed" (arXiv 2606.08197). ``variant="paper"`` follows the
+equations as reported by third parties (there is no official code); the default departs from them
+where they fail, and says so in ``grouping.py``, ``alignment.py`` and ``fairness.py``. A flush of K
+updates of staleness ``s_i`` goes through five stages, each a pure function of the one before:
+
+1. alignment: each stale update is carried to the current version, by maps of its base version;
+2. fairness: weights ``w_i = f_i p_i`` (freshness, participation) over the whole buffer;
+3. agreement: ``(G + lambda diag G) c = (1 + lambda) diag(G) w`` on the Gram matrix of the carried
+   updates, long ones clipped first; a mean where clients agree, a sum where they do not;
+4. grouping: within a base version, coefficients move towards their mean;
+5. guard: the step is bounded in length, and halved while the calibration loss objects; with no
+   calibration set, staleness shortens it instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+from torch import Tensor
+
+from alignfed.core.adapter import Adapter, difference
+from alignfed.core.aggregation import alignfed_paper
+from alignfed.core.aggregation.settings import check_settings, choice, number, switch, whole
+from alignfed.core.aggregation.sizes import combining_bytes, comparing_bytes, require_updates
+from alignfed.core.aggregation.transport import Transport, carry
+from alignfed.core.agreement import (
+    agreement_coefficients,
+    clip_scales,
+    factor_gram,
+    lengths,
+    step_length,
+)
+from alignfed.core.algebra import innovation, product_gram
+from alignfed.core.fairness import cap_mean, freshness, participation
+from alignfed.core.grouping import damp_deviations
+from alignfed.core.guard import guarded_step
+from alignfed.core.instructions import ServerWork
+from alignfed.core.lora import space_of
+from alignfed.core.ports import Flush, Step
+
+REMEMBERED_NORMS = 32
+"""Lengths of past updates kept as a measure for the next ones."""
+
+TRUST_GROWTH = 1.25
+"""A step that needed no halving lets the next one start this much longer, up to 1."""
+
+LEAST_TRUST = 2.0**-6
+"""Shortest step the guard starts from; shorter ones would not be worth an upload."""
+
+
+@dataclass(frozen=True, slots=True)
+class AlignFedState:
+    """What AlignFed remembers between flushes.
+
+    Attributes:
+        trust: what the guard multiplies the next step by before trying it.
+        norms: lengths (after clipping) of the last updates.
+        calibrated_version: server version whose calibration loss is known (-1: none).
+        calibration_loss: that loss, in nats.
+    """
+
+    trust: float = 1.0
+    norms: tuple[float, ...] = ()
+    calibrated_version: int = -1
+    calibration_loss: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """The step before the guard: coefficients of the carried updates, their clipped lengths."""
+
+    coefficients: tuple[float, ...]
+    lengths: tuple[float, ...]
+    notes: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class AlignFed:
+    """The method. Every module can be switched off; the rest then works as if it did nothing."""
+
+    variant: str = choice(
+        "default", ("default", "paper"), "the default, or the paper's equations as reported"
+    )
+    grouping: bool = switch(True, "treat updates of one base version as a group")
+    alignment: bool = switch(True, "carry stale updates to the current version")
+    fairness: bool = switch(True, "weigh by freshness and participation")
+    server_step: float = number(1.0, "multiplies every coefficient", low=0, low_included=False)
+    agreement: float = number(
+        1.0, "lambda, the larger the nearer to a sum", low=0, low_included=False
+    )
+    agreement_space: str = choice(
+        "auto", ("auto", "factor", "product"), "where angles are measured; auto: as the LoRA rule"
+    )
+    deviation_keep: float = number(
+        0.5, "share of a group's deviations from its mean that is kept", low=0, high=1
+    )
+    alignment_map: str = choice(
+        "rank", ("rank", "activation", "both"), "rank-space maps, calibration inputs, or both"
+    )
+    alignment_ridge: float = number(
+        0.05, "damping of alignment maps, relative", low=0, low_included=False
+    )
+    calibration_positions: int = whole(256, "positions used to fit activation maps", low=1)
+    freshness_decay: float = number(0.05, "gamma of exp(-gamma s)", low=0)
+    reported_decay: float = number(0.2, "gamma of the paper variant", low=0)
+    participation_exponent: float = number(0.5, "of mean uploads / own uploads", low=0, high=2)
+    participation_limit: float = number(4.0, "largest participation factor", low=1)
+    max_norm_ratio: float = number(
+        2.0, "longer updates are cut to this multiple of the median length", low=1
+    )
+    max_step_ratio: float = number(
+        3.0, "longest step, as a multiple of the median length of updates", low=1
+    )
+    guard: bool = switch(
+        True, "measure the calibration loss of every step, shorten those that harm"
+    )
+    harm_tolerance: float = number(
+        0.02, "rise of the calibration loss accepted, as a share of it", low=0
+    )
+    max_backtracks: int = whole(3, "halvings before a step is given up", low=0, high=16)
+
+    name = "alignfed"
+    synchronous = False
+
+    def __post_init__(self) -> None:
+        """Refuse settings outside their ranges."""
+        check_settings(self)
+
+    @property
+    def needs_calibrator(self) -> bool:
+        """Whether stale updates cannot be aligned without a calibration mini-batch."""
+        return self.alignment and (self.variant == "paper" or self.alignment_map != "rank")
+
+    def init(self, adapter: Adapter) -> AlignFedState:
+        """Return the state before the first flush."""
+        return AlignFedState()
+
+    def apply(self, state: AlignFedState, flush: Flush) -> tuple[AlignFedState, Step]:
+        """Return the next state and the server step.
+
+        Raises:
+            RuleError: the flush holds no updates, or alignment needs a calibrator and has none.
+            AdapterError: ranks differ within the flush and the LoRA rule adds factors.
+        """
+        require_updates(flush)
+        space = self.agreement_space if self.agreement_space != "auto" else space_of(flush.lora)
+        if self.variant == "paper":
+            step = alignfed_paper.step(
+                flush,
+                space=space,
+                grouping=self.grouping,
+                alignment=self.alignment,
+                fairness=self.fairness,
+                decay=self.reported_decay,
+                ridge=self.alignment_ridge,
+                server_step=self.server_step,
+            )
+            return state, step
+        transport = carry(
+            flush,
+            kind=self.alignment_map if self.alignment else "none",
+            ridge=self.alignment_ridge,
+            max_positions=self.calibration_positions,
+        )
+        gram = gram_of(transport.pairs, space)
+        plan = self._plan(flush, gram, state.norms)
+        state = replace(state, norms=(*state.norms, *plan.lengths)[-REMEMBERED_NORMS:])
+        notes = {
+            **transport.notes,
+            **plan.notes,
+            "versions": float(len({entry.update.base_version for entry in flush.updates})),
+        }
+        return self._take(state, flush, transport, plan.coefficients, notes)
+
+    def _plan(self, flush: Flush, gram: Tensor, earlier: Sequence[float]) -> _Plan:
+        norms = lengths(gram)
+        clips = clip_scales(norms, earlier, self.max_norm_ratio)
+        clipped = tuple(n * clip if clip > 0 else 0.0 for n, clip in zip(norms, clips, strict=True))
+        scales = gram.new_tensor(clips)
+        # An update too long to be squared is clipped to nothing; its inner products mean nothing.
+        gram = gram.where(gram.isfinite(), 0.0) * scales[:, None] * scales[None, :]
+        repeats = None
+        if not self._is_guarded(flush):
+            # Nobody measures whether the step overshoots, and whether it does is not in the
+            # updates: delayed steps are safe while step times delay is bounded (Koloskova et al.
+            # 2022, arXiv 2206.08307). Each of the K updates applied per version since the base is
+            # taken for a repetition of this one, so that coefficients sum to O(1 / staleness).
+            repeats = [float(len(flush.updates) * entry.staleness) for entry in flush.updates]
+        found = agreement_coefficients(gram, self._weights(flush), self.agreement, repeats)
+        if self.grouping:
+            versions = [entry.update.base_version for entry in flush.updates]
+            found = damp_deviations(found, versions, self.deviation_keep)
+        found = tuple(self.server_step * coefficient for coefficient in found)
+        moving = [norm for norm in (*earlier, *clipped) if norm > 0]
+        length = step_length(gram, found)
+        limit = self.max_step_ratio * median(moving) if moving else math.inf
+        bound = min(1.0, limit / length) if length > 0 else 1.0
+        return _Plan(
+            coefficients=tuple(bound * c * clip for c, clip in zip(found, clips, strict=True)),
+            lengths=clipped,
+            notes={
+                "step_norm": bound * length,
+                "step_bound": bound,
+                "clipped": float(sum(clip < 1.0 for clip in clips)),
+            },
+        )
+
+    def _is_guarded(self, flush: Flush) -> bool:
+        return self.guard and flush.calibrator is not None
+
+    def _weights(self, flush: Flush) -> tuple[float, ...]:
+        if not self.fairness:
+            return (1.0,) * len(flush.updates)
+        return cap_mean(
+            [
+                freshness(entry.staleness, self.freshness_decay)
+                * participation(
+                    entry.uploads,
+                    flush.mean_uploads,
+                    self.participation_exponent,
+                    self.participation_limit,
+                )
+                for entry in flush.updates
+            ]
+        )
+
+    def _take(
+        self,
+        state: AlignFedState,
+        flush: Flush,
+        transport: Transport,
+        coefficients: tuple[float, ...],
+        notes: dict[str, float],
+    ) -> tuple[AlignFedState, Step]:
+        """Take the step, as far as the guard lets it."""
+
+        def candidate(scale: float) -> Adapter:
+            terms = [
+                (scale * coefficient, update, base)
+                for coefficient, (update, base) in zip(coefficients, transport.pairs, strict=True)
+            ]
+            return flush.lora.combine(flush.adapter, terms)
+
+        moved = comparing_bytes(flush) + combining_bytes(flush)
+        calibrator = flush.calibrator
+        if calibrator is None or not self._is_guarded(flush):
+            tokens = calibrator.tokens * transport.forwards if calibrator else 0
+            work = ServerWork(moved, tokens)
+            return state, Step(candidate(1.0), coefficients, notes, work)
+        forwards = transport.forwards
+        before = state.calibration_loss
+        if state.calibrated_version != flush.version:
+            before = calibrator.loss(flush.adapter)
+            forwards += 1
+        guarded = guarded_step(
+            flush.adapter,
+            candidate,
+            calibrator,
+            loss_before=before,
+            scale=state.trust,
+            tolerance=self.harm_tolerance,
+            max_backtracks=self.max_backtracks,
+        )
+        forwards += guarded.forwards
+        trust = guarded.tried_scale
+        if guarded.scale == 0:
+            trust /= 2
+        elif guarded.forwards == 1:
+            trust = min(1.0, trust * TRUST_GROWTH)
+        known = math.isfinite(guarded.loss)
+        losses = {"calibration_loss_before": before, "calibration_loss_after": guarded.loss}
+        notes = {
+            **notes,
+            **{name: loss for name, loss in losses.items() if math.isfinite(loss)},
+            "step_scale": guarded.scale,
+            "backtracks": float(guarded.forwards - 1),
+        }
+        state = replace(
+            state,
+            trust=max(LEAST_TRUST, trust),
+            calibrated_version=flush.version + 1 if known else -1,
+            calibration_loss=guarded.loss if known else 0.0,
+        )
+        weights = tuple(guarded.scale * coefficient for coefficient in coefficients)
+        moved += (guarded.forwards - 1) * combining_bytes(flush)
+        work = ServerWork(moved, calibrator.tokens * forwards)
+        return state, Step(guarded.adapter, weights, notes, work)
+
+
+def gram_of(pairs: Sequence[tuple[Adapter, Adapter]], space: str) -> Tensor:
+    """Return the inner products of ``update - base`` over all pairs, in factors or in products."""
+    if space == "factor":
+        return factor_gram([difference(update, base) for update, base in pairs])
+    return product_gram([innovation(update, base) for update, base in pairs])

@@ -1,0 +1,110 @@
+"""Agreement: how much of each buffered update to take, from the angles between them.
+
+Clients that say the same thing must be averaged, clients that say different things may be added.
+All of it happens in coefficients: the updates enter through their Gram matrix only, whose size is
+the number of buffered updates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from alignfed.core.adapter import Adapter, require_same_layout
+
+
+def factor_gram(deltas: Sequence[Adapter]) -> Tensor:
+    """Return the inner products of all pairs over factors' elements, ``(K, K)``, fp64.
+
+    Raises:
+        AdapterError: the layouts differ.
+    """
+    for delta in deltas[1:]:
+        require_same_layout(deltas[0], delta)
+    gram = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
+    for dtype in deltas[0].buffers:
+        rows = torch.stack([delta.buffers[dtype].float() for delta in deltas])
+        gram += (rows @ rows.T).double().cpu()
+    return gram
+
+
+def lengths(gram: Tensor) -> tuple[float, ...]:
+    """Return the norms of the vectors whose Gram matrix is given; infinity where one overflowed."""
+    return tuple(
+        math.sqrt(max(0.0, square)) if math.isfinite(square) else math.inf
+        for square in gram.diagonal().tolist()
+    )
+
+
+def clip_scales(
+    norms: Sequence[float], earlier: Sequence[float], ratio: float
+) -> tuple[float, ...]:
+    """Return factors in (0, 1] that shorten long updates to ``ratio`` times the median length.
+
+    Args:
+        norms: lengths of the buffered updates.
+        earlier: lengths of updates applied lately, so that a buffer of one has a measure too.
+        ratio: longest accepted multiple of the median over both; zero lengths do not count, and
+            an infinite one gets the factor 0.
+    """
+    known = [norm for norm in (*earlier, *norms) if 0 < norm < math.inf]
+    limit = ratio * median(known) if known else 0.0
+    return tuple(min(1.0, limit / norm) if norm > 0 else 1.0 for norm in norms)
+
+
+def agreement_coefficients(
+    gram: Tensor,
+    weights: Sequence[float],
+    regularisation: float,
+    repeats: Sequence[float] | None = None,
+) -> tuple[float, ...]:
+    """Return coefficients ``c_i`` in ``[0, w_i]``: a sum of what differs, a mean of what agrees.
+
+    Solves ``(G + lambda diag G) c = (1 + lambda) diag(G) w``. With ``y_i = c_i |delta_i|`` and the
+    cosines C that is ``(C + lambda I) y = (1 + lambda) |delta| w``. Orthogonal updates get
+    ``c = w``; K identical ones with ``w = 1`` get ``(1 + lambda) / (K + lambda)`` each.
+
+    Three things keep c bounded for every buffer. Only positive cosines count, since a negative
+    one would raise the coefficients of two updates that contradict each other. Negative
+    eigenvalues of what remains are set to zero, so that the system is at least lambda times the
+    identity. And agreement only ever lowers a coefficient: c is cut to ``[0, w]``.
+
+    Args:
+        gram: inner products of the updates, shape ``(K, K)``.
+        weights: fairness weights w, not negative.
+        regularisation: lambda > 0; the larger, the nearer identical updates are to a sum.
+        repeats: for each update, how many like it were applied since its base was sent out and
+            are not in the buffer; added to its diagonal element.
+    """
+    norms = torch.tensor(lengths(gram), dtype=torch.float64)
+    moving = norms > 0
+    safe = torch.where(moving, norms, torch.ones_like(norms))
+    wanted = torch.tensor(weights, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(_positive_cosines(gram))
+    system = (vectors * values.clamp_min(0.0)) @ vectors.T
+    diagonal = torch.full_like(norms, regularisation)
+    if repeats is not None:
+        diagonal = diagonal + torch.tensor(repeats, dtype=torch.float64)
+    solved = torch.linalg.solve(system + torch.diag(diagonal), norms * wanted)
+    found = (1.0 + regularisation) * solved / safe
+    found = torch.where(moving, found, wanted).clamp_min(0.0).minimum(wanted)
+    return tuple(float(value) for value in found)
+
+
+def _positive_cosines(gram: Tensor) -> Tensor:
+    """Return cosines cut to [0, 1], fp64; 1 on the diagonal, 0 beside an update of length zero."""
+    norms = torch.tensor(lengths(gram), dtype=torch.float64)
+    safe = torch.where(norms > 0, norms, torch.ones_like(norms))
+    cosines = (gram.double() / safe[:, None] / safe[None, :]).clamp(0.0, 1.0)
+    cosines = (cosines + cosines.T) / 2
+    return cosines.fill_diagonal_(1.0)
+
+
+def step_length(gram: Tensor, coefficients: Sequence[float]) -> float:
+    """Return ``|sum_i c_i delta_i|`` from the Gram matrix."""
+    c = torch.tensor(coefficients, dtype=torch.float64)
+    return math.sqrt(max(0.0, float(c @ gram.double() @ c)))

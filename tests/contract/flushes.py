@@ -1,0 +1,96 @@
+"""Flushes for the contract: real adapters, stated staleness, a calibration loss with a minimum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alignfed.core.adapter import Adapter, difference, linear_combination, norm
+from alignfed.core.ports import BufferedUpdate, Calibrator, Flush, LoraRule
+from alignfed.core.update import Update
+from tests.core.adapters import make_adapter, moved
+
+VERSION = 9
+
+
+@dataclass(frozen=True)
+class DistanceCalibrator:
+    """Mean squared distance of the products from a target's; features and inputs to match."""
+
+    target: Adapter
+    tokens: int = 40
+
+    def loss(self, adapter: Adapter) -> float:
+        return float((_effect(adapter) - _effect(self.target)).square().mean())
+
+    def features(self, adapter: Adapter) -> Tensor:
+        return torch.tanh(_effect(adapter)).reshape(1, -1)
+
+    def inputs(self, adapter: Adapter) -> Mapping[str, Tensor]:
+        generator = torch.Generator().manual_seed(5)
+        found = {}
+        for name, factors in adapter.lora.items():
+            x = torch.randn(7, factors.a.shape[1], generator=generator)
+            found[name] = x + 0.1 * torch.tanh(factors.a.float().sum(0))
+        return found
+
+
+def entry(
+    position: int,
+    update: Adapter,
+    base: Adapter,
+    *,
+    staleness: int = 0,
+    uploads: int = 1,
+    num_examples: int = 8,
+) -> BufferedUpdate:
+    """Return a buffered update of client ``position``; adapters of other ranks get norm 1."""
+    same = update.layout == base.layout
+    return BufferedUpdate(
+        update=Update(position, position, VERSION - staleness, update, num_examples),
+        base=base,
+        norm=norm(difference(update, base)) if same else 1.0,
+        uploads=uploads,
+        staleness=staleness,
+    )
+
+
+def flush(
+    current: Adapter,
+    entries: Sequence[BufferedUpdate],
+    lora: LoraRule,
+    *,
+    mean_uploads: float = 1.0,
+    calibrator: Calibrator | None = None,
+) -> Flush:
+    """Return a flush at ``VERSION``."""
+    return Flush(VERSION, current, tuple(entries), mean_uploads, 40, lora, calibrator)
+
+
+def stale_flush(
+    lora: LoraRule, *, dtype: torch.dtype = torch.float32, calibrated: bool = True
+) -> Flush:
+    """Return five updates of three versions, one version holding three of them."""
+    current = make_adapter(1, dtype=dtype)
+    bases = {0: current, 2: moved(current, 2), 5: moved(current, 3)}
+    entries = [
+        entry(i, moved(bases[s], 10 + i), bases[s], staleness=s, uploads=n, num_examples=4 + i)
+        for i, (s, n) in enumerate([(0, 3), (2, 1), (2, 4), (2, 2), (5, 1)])
+    ]
+    # Where half of what every client wants is done; a target elsewhere would refuse every step.
+    wanted = [term for e in entries for term in ((0.5, e.update.adapter), (-0.5, e.base))]
+    target = linear_combination([(1.0, current), *wanted])
+    calibrator = DistanceCalibrator(target) if calibrated else None
+    return flush(current, entries, lora, mean_uploads=2.2, calibrator=calibrator)
+
+
+def _effect(adapter: Adapter) -> Tensor:
+    parts = [
+        (factors.scale * factors.b.float() @ factors.a.float()).reshape(-1)
+        for factors in adapter.lora.values()
+    ]
+    parts += [tensor.float().reshape(-1) for tensor in adapter.dense.values()]
+    return torch.cat(parts)

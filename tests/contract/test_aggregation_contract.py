@@ -1,0 +1,453 @@
+"""What every aggregation rule owes, with every LoRA rule: one table, one set of claims."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from alignfed.core.adapter import Adapter, LoraFactors, zeros_like
+from alignfed.core.aggregation import RULES, make_rule
+from alignfed.core.algebra import innovation, product_norm, refactor, stack
+from alignfed.core.lora import LORA_RULES, ProductSum, make_lora_rule
+from alignfed.core.ports import AggregationRule, Flush, LoraRule
+from alignfed.errors import RuleError
+from tests.contract.flushes import VERSION, DistanceCalibrator, entry, flush, stale_flush
+from tests.core.adapters import make_adapter, moved
+from tests.core.test_algebra import assert_same_products, products, ranked, turned
+
+torch.set_num_threads(1)
+
+CASES: dict[str, Callable[[], AggregationRule]] = {
+    "fedavg": lambda: make_rule("fedavg"),
+    "fedavg uniform": lambda: make_rule("fedavg", weighting="uniform"),
+    "fedasync constant": lambda: make_rule("fedasync", discount="constant"),
+    "fedasync polynomial": lambda: make_rule("fedasync"),
+    "fedasync hinge": lambda: make_rule("fedasync", discount="hinge", hinge_start=2),
+    "fedbuff": lambda: make_rule("fedbuff"),
+    "alignfed": lambda: make_rule("alignfed"),
+    "alignfed both maps": lambda: make_rule("alignfed", alignment_map="both"),
+    "alignfed activation": lambda: make_rule("alignfed", alignment_map="activation"),
+    "alignfed bare": lambda: make_rule(
+        "alignfed", grouping=False, alignment=False, fairness=False, guard=False
+    ),
+    "alignfed paper": lambda: make_rule("alignfed", variant="paper"),
+    "alignfed paper bare": lambda: make_rule(
+        "alignfed", variant="paper", grouping=False, alignment=False, fairness=False
+    ),
+}
+
+every_rule = pytest.mark.parametrize("case", CASES)
+every_lora = pytest.mark.parametrize("lora", LORA_RULES)
+
+
+def apply(rule: AggregationRule, given: Flush):
+    return rule.apply(rule.init(given.adapter), given)[1]
+
+
+def without_grouping(case: str) -> AggregationRule:
+    """Return the rule; the paper's centring makes coefficients of weights, so it is left out."""
+    rule = CASES[case]()
+    return dataclasses.replace(rule, grouping=False) if "paper" in case else rule
+
+
+def assert_close(found: Adapter, expected: Adapter, tolerance: float = 1e-4) -> None:
+    assert_same_products(
+        stack([(1.0, found), (-1.0, expected)]),
+        {name: torch.zeros_like(product) for name, product in products(expected).items()},
+    )
+    scale = max(1.0, product_norm(expected))
+    assert product_norm(innovation(found, expected)) <= tolerance * scale
+
+
+def test_every_rule_in_the_table_is_under_contract():
+    assert {case.split()[0] for case in CASES} == set(RULES)
+    for name, row in RULES.items():
+        rule = make_rule(name)
+        assert rule.name == name
+        assert rule.synchronous == row.synchronous
+
+
+# --- law 1 ------------------------------------------------------------------------------------
+
+
+@every_lora
+def test_fedbuff_on_a_fresh_cohort_is_uniform_fedavg(lora):
+    current = make_adapter(1)
+    entries = [entry(i, moved(current, i + 2), current, num_examples=i + 1) for i in range(4)]
+    given = flush(current, entries, make_lora_rule(lora))
+    fedbuff = apply(make_rule("fedbuff"), given)
+    fedavg = apply(make_rule("fedavg", weighting="uniform"), given)
+    assert fedbuff.weights == pytest.approx(fedavg.weights)
+    assert_close(fedbuff.adapter, fedavg.adapter)
+
+
+@every_lora
+def test_fedavg_weighs_by_examples(lora):
+    current = make_adapter(1)
+    entries = [
+        entry(i, moved(current, i + 2), current, num_examples=n) for i, n in ((0, 1), (1, 3))
+    ]
+    step = apply(make_rule("fedavg"), flush(current, entries, make_lora_rule(lora)))
+    assert step.weights == pytest.approx((0.25, 0.75))
+
+
+# --- law 2 ------------------------------------------------------------------------------------
+
+
+@every_rule
+def test_product_aggregates_do_not_depend_on_how_factors_are_written(case):
+    # Maps fitted in the factors of one version are themselves bound to a gauge.
+    rule = CASES[case]()
+    if case in ("alignfed paper", "alignfed both maps", "alignfed activation"):
+        rule = dataclasses.replace(rule, alignment=False)
+    given = stale_flush(ProductSum())
+    again = dataclasses.replace(
+        given,
+        adapter=turned(given.adapter, 1),
+        updates=tuple(
+            dataclasses.replace(
+                e,
+                update=dataclasses.replace(e.update, adapter=turned(e.update.adapter, 2 + i)),
+                base=turned(e.base, 20 + i),
+            )
+            for i, e in enumerate(given.updates)
+        ),
+    )
+    first, second = apply(rule, given), apply(rule, again)
+    assert second.weights == pytest.approx(first.weights, rel=1e-2, abs=1e-4)
+    assert_close(second.adapter, first.adapter, tolerance=1e-2)
+
+
+# --- law 3 ------------------------------------------------------------------------------------
+
+
+def _orthogonal_flush(versions_behind: list[int], lora: LoraRule) -> Flush:
+    """Updates of equal length, each along an element of its own, all bases equal in content."""
+    current = make_adapter(1)
+    entries = []
+    for position, staleness in enumerate(versions_behind):
+        head = current.dense["score.weight"].clone()
+        head.view(-1)[position] += 0.5
+        update = Adapter.pack(current.lora, {"score.weight": head})
+        entries.append(entry(position, update, current, staleness=staleness))
+    target = Adapter.pack(current.lora, {"score.weight": current.dense["score.weight"] + 1.0})
+    return flush(current, entries, lora, calibrator=DistanceCalibrator(target))
+
+
+@every_rule
+@every_lora
+def test_a_lone_update_weighs_what_a_member_of_a_crowded_version_weighs(case, lora):
+    rule = without_grouping(case)
+    names = {field.name for field in dataclasses.fields(rule)}
+    timeless = {
+        name: value
+        for name, value in (
+            ("discount", "constant"), ("freshness_decay", 0.0), ("reported_decay", 0.0),
+            ("guard", True),
+        )
+        if name in names
+    }  # fmt: skip
+    rule = dataclasses.replace(rule, **timeless)
+    crowded = apply(rule, _orthogonal_flush([3, 3, 3, 1], make_lora_rule(lora))).weights
+    spread = apply(rule, _orthogonal_flush([4, 3, 2, 1], make_lora_rule(lora))).weights
+    assert crowded == pytest.approx(spread)
+    if not case.startswith("fedasync"):  # mixing in turn favours the later task by design
+        assert crowded[3] == pytest.approx(crowded[0])
+
+
+# --- law 4 ------------------------------------------------------------------------------------
+
+
+@every_rule
+@every_lora
+def test_the_same_flush_twice_gives_the_same_bytes(case, lora):
+    rule = CASES[case]()
+    given = stale_flush(make_lora_rule(lora))
+    before = [given.adapter.checksum, *(e.update.adapter.checksum for e in given.updates)]
+    state = rule.init(given.adapter)
+    first_state, first = rule.apply(state, given)
+    second_state, second = rule.apply(state, stale_flush(make_lora_rule(lora)))
+    assert first.adapter.checksum == second.adapter.checksum
+    assert (first.weights, first.notes, first.work) == (second.weights, second.notes, second.work)
+    assert first_state == second_state
+    fresh = stale_flush(make_lora_rule(lora))
+    assert before == [fresh.adapter.checksum, *(e.update.adapter.checksum for e in fresh.updates)]
+
+
+@every_rule
+@every_lora
+def test_the_order_of_replies_inside_a_flush_does_not_matter(case, lora):
+    rule = CASES[case]()
+    given = stale_flush(make_lora_rule(lora))
+    order = [3, 0, 4, 2, 1]
+    shuffled = dataclasses.replace(given, updates=tuple(given.updates[i] for i in order))
+    first, second = apply(rule, given), apply(rule, shuffled)
+    assert second.weights == pytest.approx([first.weights[i] for i in order], rel=1e-4, abs=1e-7)
+    assert_close(second.adapter, first.adapter)
+
+
+# --- law 5 ------------------------------------------------------------------------------------
+
+
+@every_rule
+@every_lora
+def test_weight_never_grows_with_staleness(case, lora):
+    rule = without_grouping(case)
+    weights = [
+        apply(rule, _orthogonal_flush([1, 2, age], make_lora_rule(lora))).weights[2]
+        for age in (0, 1, 2, 3, 6, 7, 20)
+    ]
+    assert weights == sorted(weights, reverse=True)
+
+
+@every_rule
+@every_lora
+def test_weight_never_grows_with_participation(case, lora):
+    rule = without_grouping(case)
+    given = dataclasses.replace(
+        _orthogonal_flush([1, 2, 3], make_lora_rule(lora)), mean_uploads=6.0
+    )
+    weights = []
+    for uploads in (1, 2, 5, 6, 7, 40):
+        last = dataclasses.replace(given.updates[2], uploads=uploads)
+        weights.append(
+            apply(rule, dataclasses.replace(given, updates=(*given.updates[:2], last))).weights[2]
+        )
+    assert weights == sorted(weights, reverse=True)
+
+
+# --- law 6 ------------------------------------------------------------------------------------
+
+
+@every_rule
+def test_mixed_ranks_at_constant_alpha_over_rank_add_up_exactly(case):
+    rule = CASES[case]()
+    if "paper" in case or "maps" in case or "activation" in case:
+        rule = dataclasses.replace(rule, alignment=False)
+    # Six directions are all that these layers have, so nothing is lost on the way back.
+    current = refactor(ranked(1, 1), ranked(0, 6))
+    base = ranked(2, 1)
+    entries = [
+        entry(0, ranked(3, 1), base, staleness=1),
+        entry(1, ranked(4, 2), base, staleness=1),
+        entry(2, ranked(5, 4), current),
+    ]
+    step = apply(rule, flush(current, entries, ProductSum()))
+    assert step.adapter.layout == current.layout
+    expected = dict(products(current))
+    for weight, buffered in zip(step.weights, entries, strict=True):
+        origin = current if case.startswith("fedasync") else buffered.base
+        for name, product in products(innovation(buffered.update.adapter, origin)).items():
+            expected[name] = expected[name] + weight * product
+    assert_same_products(step.adapter, expected)
+
+
+# --- law 7 ------------------------------------------------------------------------------------
+
+
+@every_rule
+@every_lora
+def test_zero_updates_from_everybody_leave_the_model_as_it_is(case, lora):
+    rule = CASES[case]()
+    current = make_adapter(1)
+    given = flush(
+        current,
+        [entry(i, current, current, staleness=s) for i, s in enumerate((0, 3, 3))],
+        make_lora_rule(lora),
+        calibrator=DistanceCalibrator(moved(current, 2)),
+    )
+    assert apply(rule, given).adapter.checksum == current.checksum
+    if not case.startswith("fedasync"):  # which mixes models and has no use for bases
+        base = moved(current, 5)
+        entries = [entry(i, base, base, staleness=3) for i in range(3)]
+        step = apply(rule, dataclasses.replace(given, updates=tuple(entries)))
+        assert_close(step.adapter, current, tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("fedavg", {}), ("fedbuff", {}), ("fedasync", {"mixing": 1.0}), ("alignfed", {})],
+)
+@every_lora
+def test_one_fresh_client_of_full_weight_gives_its_model(name, settings, lora):
+    current = make_adapter(1)
+    update = moved(current, 2)
+    step = apply(
+        make_rule(name, **settings),
+        flush(current, [entry(0, update, current)], make_lora_rule(lora)),
+    )
+    assert step.weights == pytest.approx((1.0,))
+    assert_close(step.adapter, update, tolerance=1e-5)
+
+
+@every_rule
+@every_lora
+@pytest.mark.parametrize("kinds", ["00", "++", "+-", "+++-", "0+-", "+" * 12, "+L", "L0"])
+def test_zero_identical_opposite_and_huge_updates_keep_coefficients_bounded(case, lora, kinds):
+    rule = CASES[case]()
+    current = make_adapter(1)
+    step = {dtype: 0.1 * torch.ones_like(buffer) for dtype, buffer in current.buffers.items()}
+    factor = {"0": 0.0, "+": 1.0, "-": -1.0, "L": 1e4}
+    entries = [
+        entry(
+            i,
+            Adapter(
+                current.layout, {t: b + factor[kind] * step[t] for t, b in current.buffers.items()}
+            ),
+            current,
+            staleness=i % 3,
+        )
+        for i, kind in enumerate(kinds)
+    ]
+    goal = {dtype: buffer + 2 * step[dtype] for dtype, buffer in current.buffers.items()}
+    calibrator = DistanceCalibrator(Adapter(current.layout, goal))
+    found = apply(rule, flush(current, entries, make_lora_rule(lora), calibrator=calibrator))
+    assert found.adapter.is_finite()
+    assert all(math.isfinite(weight) and abs(weight) <= 1.0 + 1e-9 for weight in found.weights)
+    assert sum(found.weights) <= len(kinds)
+
+
+# --- traps ------------------------------------------------------------------------------------
+
+
+@every_lora
+def test_fedbuff_divides_by_the_number_of_updates_not_by_the_sum_of_discounts(lora):
+    step = apply(make_rule("fedbuff"), stale_flush(make_lora_rule(lora)))
+    expected = [(1 + s) ** -0.5 / 5 for s in (0, 2, 2, 2, 5)]
+    assert step.weights == pytest.approx(expected)
+    assert sum(step.weights) < 1.0
+
+
+@every_lora
+def test_fedasync_computes_its_mixing_rate_afresh_every_time(lora):
+    rule = make_rule("fedasync")
+    current = make_adapter(1)
+    given = flush(
+        current, [entry(0, moved(current, 2), current, staleness=3)], make_lora_rule(lora)
+    )
+    state = rule.init(current)
+    seen = []
+    for _ in range(5):
+        state, step = rule.apply(state, given)
+        seen.append(step.weights[0])
+    assert seen == pytest.approx([0.6 * 4**-0.5] * 5)
+
+
+def test_fedasync_mixes_models_one_after_the_other():
+    rule = make_rule("fedasync", discount="constant", mixing=0.5)
+    current = make_adapter(1)
+    models = [moved(current, seed) for seed in (2, 3)]
+    entries = [entry(i, model, moved(current, 9), staleness=4) for i, model in enumerate(models)]
+    lora = make_lora_rule("factor")
+    at_once = apply(rule, flush(current, entries, lora)).adapter
+    in_turn = current
+    for buffered in entries:
+        in_turn = apply(rule, flush(in_turn, [buffered], lora)).adapter
+    for dtype, buffer in at_once.buffers.items():
+        torch.testing.assert_close(buffer, in_turn.buffers[dtype])
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("fedasync")])
+@every_lora
+def test_an_update_counts_from_the_base_of_its_own_not_from_the_current_model(case, lora):
+    # Far from its base the server has moved on; an update that did nothing must do nothing.
+    rule = CASES[case]()
+    base = make_adapter(1)
+    current = moved(base, 2, scale=1.0)
+    given = flush(
+        current,
+        [entry(i, base, base, staleness=4) for i in range(2)],
+        make_lora_rule(lora),
+        calibrator=DistanceCalibrator(base),
+    )
+    assert_close(apply(rule, given).adapter, current, tolerance=1e-5)
+
+
+@every_rule
+@every_lora
+def test_bf16_goes_in_and_comes_out(case, lora):
+    given = stale_flush(make_lora_rule(lora), dtype=torch.bfloat16)
+    step = apply(CASES[case](), given)
+    assert step.adapter.layout == given.adapter.layout
+    assert step.adapter.is_finite()
+    exact = apply(CASES[case](), _in_fp32(given))
+    assert step.weights == pytest.approx(exact.weights, rel=0.05, abs=0.01)
+    # bf16 keeps 8 bits: each element is right to 2^-8 of itself, however many updates there are.
+    assert product_norm(innovation(step.adapter, exact.adapter)) < 0.02 * product_norm(
+        exact.adapter
+    )
+
+
+@every_rule
+@every_lora
+def test_a_flush_states_finite_notes_and_the_size_of_its_work(case, lora):
+    given = stale_flush(make_lora_rule(lora))
+    step = apply(CASES[case](), given)
+    assert step.adapter.checksum != given.adapter.checksum
+    assert len(step.weights) == len(given.updates)
+    assert all(math.isfinite(value) for value in step.notes.values())
+    assert step.work.bytes_moved >= given.adapter.size_bytes * len(given.updates)
+    assert step.work.calibration_tokens % 40 == 0
+
+
+@every_rule
+def test_an_empty_flush_is_refused(case):
+    rule = CASES[case]()
+    with pytest.raises(RuleError, match=f"flush of version {VERSION} holds no updates"):
+        apply(rule, flush(make_adapter(1), [], ProductSum()))
+
+
+@every_rule
+@every_lora
+def test_states_are_plain_values(case, lora):
+    rule = CASES[case]()
+    given = stale_flush(make_lora_rule(lora))
+    state = rule.init(given.adapter)
+    for _ in range(3):
+        state, step = rule.apply(state, given)
+        given = dataclasses.replace(given, adapter=step.adapter)
+    assert dataclasses.is_dataclass(state)
+    assert _is_plain(dataclasses.asdict(state))
+
+
+def test_an_adapter_without_dense_tensors_or_without_lora_is_aggregated_too():
+    only_dense = Adapter.pack({}, {"w": torch.zeros(4)})
+    only_lora = Adapter.pack({"q": LoraFactors(torch.ones(2, 5), torch.zeros(4, 2), 2.0)})
+    for current in (only_dense, only_lora):
+        for case, lora in ((c, name) for c in CASES for name in LORA_RULES):
+            entries = [entry(i, moved(current, i + 1), current) for i in range(3)]
+            step = apply(CASES[case](), flush(current, entries, make_lora_rule(lora)))
+            assert step.adapter.layout == current.layout
+            assert case == "alignfed paper" or step.adapter.checksum != current.checksum
+    assert zeros_like(only_dense).checksum == only_dense.checksum
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(k, int | str) and _is_plain(v) for k, v in value.items())
+    if isinstance(value, tuple | list):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str | torch.Tensor | Adapter)
+
+
+def _in_fp32(given: Flush) -> Flush:
+    fp32 = torch.float32
+    calibrator = given.calibrator
+    assert isinstance(calibrator, DistanceCalibrator)
+    return dataclasses.replace(
+        given,
+        adapter=given.adapter.to(fp32),
+        calibrator=dataclasses.replace(calibrator, target=calibrator.target.to(fp32)),
+        updates=tuple(
+            dataclasses.replace(
+                e,
+                update=dataclasses.replace(e.update, adapter=e.update.adapter.to(fp32)),
+                base=e.base.to(fp32),
+            )
+            for e in given.updates
+        ),
+    )

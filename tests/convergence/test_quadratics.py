@@ -1,0 +1,142 @@
+"""Every rule drives quadratic clients under staleness to near the optimum they share.
+
+Losses are above the least possible; the start is at 46.7. Thresholds leave a factor of two or more
+to what was seen with seed 0, the one that is run.
+"""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+
+from alignfed.core.aggregation import make_rule
+from alignfed.core.lora import LORA_RULES, make_lora_rule
+from tests.convergence.fleet import make_problem, run
+
+torch.set_num_threads(1)
+
+every_lora = pytest.mark.parametrize("lora", LORA_RULES)
+RULES = [
+    ("fedavg", {}, 25, 12),
+    ("fedasync", {}, 300, 1),
+    ("fedasync", {"discount": "constant", "mixing": 0.3}, 300, 1),
+    ("fedasync", {"discount": "hinge"}, 300, 1),
+    ("fedbuff", {}, 150, 3),
+    ("alignfed", {}, 100, 3),
+]
+
+
+def last(losses: list[float]) -> float:
+    return sum(losses[-5:]) / 5
+
+
+@pytest.mark.parametrize(("name", "settings", "flushes", "buffer_size"), RULES)
+@pytest.mark.parametrize("calibrated", [False, True])
+@every_lora
+def test_clients_that_agree_bring_every_rule_to_their_optimum(
+    name, settings, flushes, buffer_size, calibrated, lora
+):
+    losses, staleness = run(
+        make_rule(name, **settings),
+        make_lora_rule(lora),
+        make_problem(disagreement=0.0),
+        buffer_size=buffer_size,
+        flushes=flushes,
+        calibrated=calibrated,
+    )
+    assert last(losses) < 0.005 * losses[0]
+    # Staleness is (in flight - 1) / buffer on average once the fleet runs.
+    if name != "fedavg":
+        assert sum(staleness) / len(staleness) > 3.0
+
+
+@pytest.mark.parametrize(("name", "settings", "flushes", "buffer_size"), RULES)
+@every_lora
+def test_clients_that_disagree_bring_every_rule_near_their_common_optimum(
+    name, settings, flushes, buffer_size, lora
+):
+    losses, _ = run(
+        make_rule(name, **settings),
+        make_lora_rule(lora),
+        make_problem(disagreement=0.3),
+        buffer_size=buffer_size,
+        flushes=flushes,
+    )
+    assert last(losses) < 0.05 * losses[0]
+
+
+@every_lora
+@pytest.mark.parametrize("disagreement", [0.3, 1.0])
+def test_the_guard_brings_alignfed_closer_than_any_staleness_discount(lora, disagreement):
+    problem = make_problem(disagreement=disagreement)
+
+    def end(name: str, calibrated: bool) -> float:
+        losses, _ = run(
+            make_rule(name),
+            make_lora_rule(lora),
+            problem,
+            buffer_size=3,
+            flushes=100,
+            calibrated=calibrated,
+        )
+        return last(losses)
+
+    assert end("alignfed", True) < 0.5 * min(end("alignfed", False), end("fedbuff", False))
+
+
+@every_lora
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_alignfed_stays_alive_where_steps_overshoot(lora, calibrated):
+    # FedBuff ends in NaN here in factors, and above half of its start in products.
+    losses, _ = run(
+        make_rule("alignfed"),
+        make_lora_rule(lora),
+        make_problem(disagreement=0.3),
+        buffer_size=3,
+        flushes=100,
+        rate=0.05,
+        calibrated=calibrated,
+    )
+    assert last(losses) < 0.02 * losses[0]
+    if calibrated:
+        tolerance = make_rule("alignfed").harm_tolerance
+        assert all(
+            after <= before * (1 + tolerance) + 1e-6 for before, after in itertools.pairwise(losses)
+        )
+
+
+def test_rank_space_alignment_keeps_factor_replay_alive():
+    problem = make_problem(disagreement=0.0)
+    ends = {}
+    for alignment in (True, False):
+        losses, _ = run(
+            make_rule("alignfed", alignment=alignment),
+            make_lora_rule("factor"),
+            problem,
+            buffer_size=3,
+            flushes=100,
+            rate=0.05,
+        )
+        ends[alignment] = last(losses)
+    assert ends[True] < 0.01
+    assert not math.isfinite(ends[False]) or ends[False] > 46.0
+
+
+@every_lora
+def test_the_papers_centring_does_not_move_clients_that_agree(lora):
+    # Equal clients of one version deviate from their mean by nothing.
+    problem = make_problem(disagreement=0.0)
+    for flushes, buffer_size in ((100, 1), (60, 3)):
+        rule = make_rule("alignfed", variant="paper", alignment=False, fairness=False)
+        losses, _ = run(
+            rule, make_lora_rule(lora), problem, buffer_size=buffer_size, flushes=flushes
+        )
+        assert losses[-1] == pytest.approx(losses[0], rel=0.02)
+        # Its other half works: the same weights without the centring reach the optimum.
+        kept = dataclasses.replace(rule, grouping=False, server_step=0.1)
+        moved, _ = run(
+            kept, make_lora_rule(lora), problem, buffer_size=buffer_size, flushes=flushes
+        )
+        assert moved[-1] < 0.2 * moved[0]

@@ -1,0 +1,74 @@
+"""The guard on a one-dimensional model whose calibration loss is its distance from one point."""
+
+import math
+
+import torch
+
+from alignfed.core.adapter import Adapter
+from alignfed.core.guard import GuardedStep, guarded_step
+
+
+def at(position: float) -> Adapter:
+    return Adapter.pack({}, {"x": torch.tensor([position])})
+
+
+class Distance:
+    """A calibrator whose loss is ``|x - 1|``."""
+
+    tokens = 10
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def loss(self, adapter: Adapter) -> float:
+        self.calls += 1
+        return abs(float(adapter.dense["x"][0]) - 1.0)
+
+
+def guarded(reach: float, *, tolerance: float = 0.0, before: float = 1.0) -> GuardedStep:
+    calibrator = Distance()
+    step = guarded_step(
+        at(0.0),
+        lambda scale: at(scale * reach),
+        calibrator,
+        loss_before=before,
+        scale=1.0,
+        tolerance=tolerance,
+        max_backtracks=3,
+    )
+    assert calibrator.calls <= step.forwards
+    return step
+
+
+def test_a_step_that_helps_is_taken_whole_for_one_forward_pass():
+    step = guarded(1.0)
+    assert (step.scale, step.loss, step.forwards) == (1.0, 0.0, 1)
+
+
+def test_a_step_that_harms_is_halved_until_it_does_not():
+    step = guarded(7.0)
+    assert (step.scale, step.forwards) == (0.25, 3)
+    assert step.loss == 0.75
+
+
+def test_harm_within_a_share_of_the_loss_is_accepted():
+    assert guarded(2.1, tolerance=0.2).scale == 1.0
+    assert guarded(2.1, tolerance=0.2, before=0.5).scale == 0.5
+    assert guarded(2.1, tolerance=0.05).scale == 0.5
+
+
+def test_a_step_that_harms_however_short_is_not_taken():
+    step = guarded(-1.0)
+    assert (step.scale, step.loss, step.forwards) == (0.0, 1.0, 4)
+    assert float(step.adapter.dense["x"][0]) == 0.0
+    assert step.tried_scale == 0.125
+
+
+def test_a_step_to_nowhere_is_never_taken():
+    step = guarded(math.inf)
+    assert step.scale == 0.0
+    assert step.adapter.is_finite()
+
+
+def test_a_lost_model_accepts_any_finite_loss():
+    assert guarded(50.0, before=math.nan).scale == 1.0
