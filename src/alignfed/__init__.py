@@ -1,0 +1,44 @@
+"""Asynchronous federated LoRA fine-tuning of language models across unequal devices.
+
+>>> import alignfed
+>>> recipe = alignfed.load_recipe("recipes/dolly.toml", ["data.path=my/folder"])
+>>> result = alignfed.simulate(recipe, "runs/dolly")  # doctest: +SKIP
+>>> result.summary["final_eval_loss"]  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from alignfed.api import RunResult, resume, simulate
+    from alignfed.config import Recipe, default_recipe, load_recipe
+    from alignfed.errors import AlignFedError
+
+_WHERE = {
+    "AlignFedError": "alignfed.errors",
+    "Recipe": "alignfed.config",
+    "RunResult": "alignfed.api",
+    "default_recipe": "alignfed.config",
+    "load_recipe": "alignfed.config",
+    "resume": "alignfed.api",
+    "simulate": "alignfed.api",
+}
+
+__all__ = [
+    "AlignFedError",
+    "Recipe",
+    "RunResult",
+    "default_recipe",
+    "load_recipe",
+    "resume",
+    "simulate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used: importing the package must not import torch."""
+    if name in _WHERE:
+        return getattr(import_module(_WHERE[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -135,9 +135,7 @@ def test_a_malformed_upload_is_refused_with_its_reason_and_the_run_goes_on(name)
     tasks = dispatches(out)
     for turn in range(12):  # enough accepted uploads for the norm's history
         task = tasks.pop(0)
-        state, out = coordinator.handle(
-            state, UpdateArrived(1.0 + turn, answer(state, task, turn))
-        )
+        state, out = coordinator.handle(state, UpdateArrived(1.0 + turn, answer(state, task, turn)))
         tasks += dispatches(out)
     task = next(task for task in tasks if task.client_id == 0)
     before, accepted = state.adapter.checksum, state.accepted

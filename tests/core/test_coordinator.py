@@ -60,9 +60,7 @@ def test_a_full_buffer_publishes_a_version_and_staleness_is_counted_at_the_flush
     tasks = dispatches(out)
     staleness = []
     for turn, task in enumerate(tasks):
-        state, out = coordinator.handle(
-            state, UpdateArrived(1.0 + turn, answer(state, task, turn))
-        )
+        state, out = coordinator.handle(state, UpdateArrived(1.0 + turn, answer(state, task, turn)))
         (published,) = of(Publish, out)
         assert published.version == turn + 1
         staleness += [applied.staleness for applied in published.applied]
@@ -73,9 +71,7 @@ def test_a_base_version_is_held_exactly_as_long_as_a_task_needs_it():
     coordinator, state, out = start(clients=2, concurrency=2, buffer_size=1)
     slow, fast = dispatches(out)
     for turn in range(4):
-        state, out = coordinator.handle(
-            state, UpdateArrived(1.0 + turn, answer(state, fast, turn))
-        )
+        state, out = coordinator.handle(state, UpdateArrived(1.0 + turn, answer(state, fast, turn)))
         (fast,) = dispatches(out)
         assert set(state.snapshots) == {0, state.version}
     state, out = coordinator.handle(state, UpdateArrived(9.0, answer(state, slow, 9)))

@@ -7,13 +7,12 @@ behind real devices.
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from alignfed.core import admission
+from alignfed.core import admission, tasks
 from alignfed.core.adapter import Adapter, difference, norm
 from alignfed.core.events import (
     ClientJoined,
@@ -27,7 +26,6 @@ from alignfed.core.events import (
 )
 from alignfed.core.instructions import (
     AppliedUpload,
-    Dispatch,
     Evaluate,
     Instruction,
     Publish,
@@ -46,7 +44,7 @@ from alignfed.core.ports import (
     LoraRule,
     Step,
 )
-from alignfed.core.state import ClientRecord, CoordinatorSettings, CoordinatorState, Snapshot
+from alignfed.core.state import CoordinatorSettings, CoordinatorState, Snapshot
 from alignfed.core.update import Task, Update
 from alignfed.errors import CoordinatorError
 
@@ -109,18 +107,12 @@ class Coordinator:
     def _on_client_joined(
         self, state: CoordinatorState, event: ClientJoined, out: list[Instruction]
     ) -> None:
-        record = state.clients.get(event.client_id)
-        if record is None:
-            record = state.clients[event.client_id] = ClientRecord()
-        record.online = True
-        self._make_idle(state, event.client_id, record)
+        tasks.join(state, event.client_id)
 
     def _on_client_left(
         self, state: CoordinatorState, event: ClientLeft, out: list[Instruction]
     ) -> None:
-        record = state.clients.get(event.client_id)
-        if record is not None:
-            record.online = False
+        tasks.leave(state, event.client_id)
 
     def _on_update_arrived(
         self, state: CoordinatorState, event: UpdateArrived, out: list[Instruction]
@@ -131,7 +123,8 @@ class Coordinator:
         rejection, update_norm = self._judge(state, update, task, snapshot)
         if task is not None and task.client_id == update.client_id:
             state.received += 1
-            self._end_task(state, task, event.time_s, failed=rejection is not None)
+            failed = rejection is not None
+            tasks.end_task(state, self.settings, task, event.time_s, failed=failed)
         if rejection is not None:
             state.rejections[rejection.reason] += 1
             out.append(Reject(update.task_id, update.client_id, rejection.reason, rejection.detail))
@@ -148,7 +141,7 @@ class Coordinator:
         task = state.tasks.get(event.task_id)
         if task is None or task.client_id != event.client_id:
             return
-        self._end_task(state, task, event.time_s, failed=True)
+        tasks.end_task(state, self.settings, task, event.time_s, failed=True)
         if state.stopped is None:
             self._flush_if_complete(state, event.time_s, out)
 
@@ -160,13 +153,8 @@ class Coordinator:
             state.wake_at_s = math.inf
         if state.stopped is not None:
             return
-        while state.deadlines and state.deadlines[0][0] <= now_s:
-            _, task_id = state.deadlines.popleft()
-            if (task := state.tasks.get(task_id)) is not None:
-                self._expire(state, task, now_s)
-        while state.cooling and state.cooling[0][0] <= now_s:
-            _, client_id = heapq.heappop(state.cooling)
-            state.idle.append(client_id)
+        tasks.expire_due(state, self.settings, now_s)
+        tasks.end_pauses(state, now_s)
         if state.flush_due_s <= now_s:
             self._close_round(state, now_s)
             self._flush(state, now_s, out)
@@ -192,73 +180,14 @@ class Coordinator:
         elif state.stale_evaluations >= stop.patience:
             self._end(state, StopReason.PATIENCE, out)
 
-    # --- clients and tasks ----------------------------------------------------------------
-
     def _give_work(self, state: CoordinatorState, now_s: float, out: list[Instruction]) -> None:
-        if self.rule.synchronous:
-            if state.tasks or state.buffer:
-                return
-            started = False
-            while len(state.tasks) < self.settings.concurrency and self._dispatch(
-                state, now_s, out
-            ):
-                started = True
-            if started:
-                state.flush_due_s = now_s + self.settings.flush_timeout_s
+        if self.rule.synchronous and (state.tasks or state.buffer):
             return
-        while len(state.tasks) < self.settings.concurrency and self._dispatch(state, now_s, out):
-            pass
-
-    def _dispatch(self, state: CoordinatorState, now_s: float, out: list[Instruction]) -> bool:
-        while state.idle:
-            client_id = state.idle.popleft()
-            record = state.clients[client_id]
-            record.queued = False
-            if not record.online:
-                continue
-            deadline_s = now_s + self.settings.task_timeout_s
-            task = Task(state.next_task_id, client_id, state.version, record.dispatches, deadline_s)
-            state.next_task_id += 1
-            record.dispatches += 1
-            record.task_id = task.task_id
-            state.tasks[task.task_id] = task
-            state.snapshots[state.version].references += 1
-            if deadline_s < math.inf:
-                state.deadlines.append((deadline_s, task.task_id))
-            out.append(Dispatch(task, state.adapter))
-            return True
-        return False
-
-    def _make_idle(self, state: CoordinatorState, client_id: int, record: ClientRecord) -> None:
-        if record.queued or record.task_id is not None or not record.online:
-            return
-        record.queued = True
-        state.idle.append(client_id)
-
-    def _end_task(self, state: CoordinatorState, task: Task, now_s: float, *, failed: bool) -> None:
-        del state.tasks[task.task_id]
-        snapshot = state.snapshots[task.base_version]
-        snapshot.references -= 1
-        if snapshot.references == 0 and task.base_version != state.version:
-            del state.snapshots[task.base_version]
-        record = state.clients[task.client_id]
-        record.task_id = None
-        if not failed:
-            record.failures = 0
-            self._make_idle(state, task.client_id, record)
-            return
-        record.failures += 1
-        backoff_s = self.settings.retry_backoff_s * 2.0 ** min(record.failures - 1, 62)
-        if backoff_s == 0:
-            self._make_idle(state, task.client_id, record)
-            return
-        record.queued = True
-        ready_at_s = now_s + min(backoff_s, self.settings.max_backoff_s)
-        heapq.heappush(state.cooling, (ready_at_s, task.client_id))
-
-    def _expire(self, state: CoordinatorState, task: Task, now_s: float) -> None:
-        state.expired.add(task.task_id)
-        self._end_task(state, task, now_s, failed=True)
+        given = len(out)
+        while (instruction := tasks.dispatch(state, self.settings, now_s)) is not None:
+            out.append(instruction)
+        if self.rule.synchronous and len(out) > given:
+            state.flush_due_s = now_s + self.settings.flush_timeout_s
 
     # --- uploads and versions -------------------------------------------------------------
 
@@ -318,7 +247,7 @@ class Coordinator:
     def _close_round(self, state: CoordinatorState, now_s: float) -> None:
         if self.rule.synchronous:
             for task in list(state.tasks.values()):
-                self._expire(state, task, now_s)
+                tasks.expire(state, self.settings, task, now_s)
 
     def _flush(self, state: CoordinatorState, now_s: float, out: list[Instruction]) -> None:
         state.flush_due_s = math.inf
@@ -382,13 +311,7 @@ class Coordinator:
             out.append(Evaluate(state.version, state.adapter))
 
     def _set_timer(self, state: CoordinatorState, out: list[Instruction]) -> None:
-        due_s = min(state.flush_due_s, self.settings.stop.max_time_s)
-        while state.deadlines and state.deadlines[0][1] not in state.tasks:
-            state.deadlines.popleft()
-        if state.deadlines:
-            due_s = min(due_s, state.deadlines[0][0])
-        if state.cooling:
-            due_s = min(due_s, state.cooling[0][0])
+        due_s = min(state.flush_due_s, self.settings.stop.max_time_s, tasks.next_due_s(state))
         if due_s < state.wake_at_s:
             state.wake_at_s = due_s
             out.append(SetTimer(due_s))

@@ -7,9 +7,7 @@ multiply durations: 2 means twice as slow.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from alignfed.errors import FleetError
@@ -68,10 +66,14 @@ class Variation:
         """Refuse values without a meaning."""
         for name in ("slot_s", "mean_on_s", "mean_off_s"):
             if not getattr(self, name) > 0:
-                raise FleetError(f"{name}={getattr(self, name)}, must be above 0", field=name)
-        for name in ("compute_sigma", "network_sigma", "failures_per_hour"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise FleetError(f"{name}={getattr(self, name)}, must be at least 0", field=name)
+                value = getattr(self, name)
+                raise FleetError(f"{name}={value}, must be above 0", field=name, value=value)
+        for name, most in (("compute_sigma", 5), ("network_sigma", 5), ("failures_per_hour", 1e9)):
+            value = getattr(self, name)
+            if not 0 <= value <= most:
+                raise FleetError(
+                    f"{name}={value}, must be between 0 and {most:g}", field=name, value=value
+                )
 
 
 class GeneratedConditions:
@@ -143,103 +145,6 @@ class GeneratedConditions:
         return slot
 
 
-@dataclass(frozen=True, slots=True)
-class Steps:
-    """A step function of time: ``values[i]`` from ``times_s[i]`` on; the first time is 0."""
-
-    times_s: Sequence[float] = (0.0,)
-    values: Sequence[float] = (1.0,)
-
-    def at(self, time_s: float) -> float:
-        """Return the value at a time."""
-        return self.values[bisect_right(self.times_s, time_s) - 1]
-
-    def next_s(self, time_s: float) -> float:
-        """Return the next time at which a value begins (infinity: none)."""
-        place = bisect_right(self.times_s, time_s)
-        return self.times_s[place] if place < len(self.times_s) else math.inf
-
-
-@dataclass(frozen=True, slots=True)
-class RecordedDevice:
-    """What was recorded of one device up to a horizon.
-
-    Attributes:
-        compute: compute factors over time.
-        network: network factors over time.
-        changes_s: when availability flips, increasing.
-        begins_available: whether the device is available at time 0.
-        failures_s: when whatever runs vanishes, increasing.
-    """
-
-    compute: Steps = field(default_factory=Steps)
-    network: Steps = field(default_factory=Steps)
-    changes_s: Sequence[float] = ()
-    begins_available: bool = True
-    failures_s: Sequence[float] = ()
-
-
-class RecordedConditions:
-    """Conditions read back from a recording; past its horizon it begins again."""
-
-    def __init__(self, devices: Sequence[RecordedDevice], horizon_s: float) -> None:
-        """Replay recordings that are ``horizon_s`` long (infinity: they never begin again)."""
-        self.devices = devices
-        self.horizon_s = horizon_s
-
-    def compute_factor(self, device_id: int, time_s: float) -> float:
-        """See ``Conditions``."""
-        return self.devices[device_id].compute.at(self._local(time_s)[0])
-
-    def network_factor(self, device_id: int, time_s: float) -> float:
-        """See ``Conditions``."""
-        return self.devices[device_id].network.at(self._local(time_s)[0])
-
-    def next_step_s(self, device_id: int, time_s: float) -> float:
-        """See ``Conditions``."""
-        device = self.devices[device_id]
-        local_s, start_s = self._local(time_s)
-        step_s = min(device.compute.next_s(local_s), device.network.next_s(local_s))
-        varies = len(device.compute.times_s) > 1 or len(device.network.times_s) > 1
-        return _after(time_s, start_s + min(step_s, self.horizon_s if varies else math.inf))
-
-    def available(self, device_id: int, time_s: float) -> bool:
-        """See ``Conditions``."""
-        device = self.devices[device_id]
-        flips = bisect_right(device.changes_s, self._local(time_s)[0])
-        return device.begins_available == (flips % 2 == 0)
-
-    def next_change_s(self, device_id: int, time_s: float) -> float:
-        """See ``Conditions``."""
-        device = self.devices[device_id]
-        if not device.changes_s:
-            return math.inf
-        local_s, start_s = self._local(time_s)
-        place = bisect_right(device.changes_s, local_s)
-        if place < len(device.changes_s):
-            return _after(time_s, start_s + device.changes_s[place])
-        if len(device.changes_s) % 2:  # ends in the other state than it begins in
-            return _after(time_s, start_s + self.horizon_s)
-        return _after(time_s, start_s + self.horizon_s + device.changes_s[0])
-
-    def next_failure_s(self, device_id: int, time_s: float) -> float:
-        """See ``Conditions``."""
-        failures = self.devices[device_id].failures_s
-        if not failures:
-            return math.inf
-        local_s, start_s = self._local(time_s)
-        place = bisect_right(failures, local_s)
-        if place < len(failures):
-            return _after(time_s, start_s + failures[place])
-        return _after(time_s, start_s + self.horizon_s + failures[0])
-
-    def _local(self, time_s: float) -> tuple[float, float]:
-        if time_s < self.horizon_s:
-            return time_s, 0.0
-        start_s = math.floor(time_s / self.horizon_s) * self.horizon_s
-        return time_s - start_s, start_s
-
-
 class _Renewals:
     """Times of events whose gaps are exponential; remembers the last gap asked for, by device."""
 
@@ -258,11 +163,6 @@ class _Renewals:
             end_s += means[count % 2] * exponential(self._key, device_id, count)
         self._last[device_id] = (count, begin_s, end_s)
         return count, end_s
-
-
-def _after(time_s: float, found_s: float) -> float:
-    """Rounding in a repeated recording may place what comes next at now; it comes after."""
-    return found_s if found_s > time_s else math.nextafter(time_s, math.inf)
 
 
 def _factor(key: int, sigma: float, device_id: int, slot: int) -> float:

@@ -5,6 +5,7 @@ Nothing here uses a stopwatch: the same recipe costs the same on every machine.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from alignfed.errors import FleetError
@@ -28,6 +29,17 @@ class TaskCost:
     flops_per_token: float
     download_bytes: int
     upload_bytes: int
+
+    def __post_init__(self) -> None:
+        """Refuse work that would end before it begins, or never."""
+        for name in ("tokens", "flops_per_token", "download_bytes", "upload_bytes"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise FleetError(
+                    f"a task has {name}={value}, must be a finite number, at least 0",
+                    field=name,
+                    value=value,
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +125,7 @@ def training_memory(shape: TrainingShape) -> MemoryNeed:
     """Return the memory that local LoRA fine-tuning takes.
 
     Weights stay as loaded. Each trained element holds its value, gradient and two AdamW moments
-    in fp32 (16 bytes; Dettmers et al. 2023, section 2, keep the same in 32 bits). A layer keeps
+    in fp32 (16 bytes; Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1). A layer keeps
     about ``10 d + 4 f`` activation elements a token (norms, query, key, value, attention output,
     residuals; gate, up, product and activation of width f), after the count of Korthikanti et al.
     2022 (arXiv 2205.05198, section 4.1), without attention scores, which fused attention does not
@@ -153,5 +165,6 @@ def refuse_too_small(devices: DeviceTable, need: MemoryNeed) -> None:
         device_id=worst.device_id,
         needed_bytes=need.total_bytes,
         available_bytes=worst.memory_bytes,
+        need=need,
         too_small=tuple(short),
     )

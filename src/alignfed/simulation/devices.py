@@ -61,7 +61,7 @@ class Device:
 
 
 class DeviceTable(Sequence[Device]):
-    """Devices as columns: about 50 bytes each, made into a ``Device`` when looked at."""
+    """Devices as columns: 68 bytes each, made into a ``Device`` when looked at."""
 
     def __init__(self, devices: Sequence[Device] | Iterator[Device]) -> None:
         """Copy devices into columns.

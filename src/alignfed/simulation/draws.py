@@ -23,7 +23,8 @@ def stream_key(seed: int, stream: str) -> int:
 def uniform(key: int, device_id: int, index: int = 0) -> float:
     """Return a number strictly between 0 and 1, uniform."""
     mixed = _mix(_mix(key ^ (device_id + 1)) ^ (index + 1))
-    return ((mixed >> 11) + 0.5) / (1 << 53)
+    # 52 bits: with 53 the half is rounded away, and the largest draw would be 1.
+    return ((mixed >> 12) + 0.5) / (1 << 52)
 
 
 def normal(key: int, device_id: int, index: int = 0) -> float:

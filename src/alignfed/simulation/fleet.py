@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from alignfed.errors import FleetError
 from alignfed.simulation.conditions import Conditions
 from alignfed.simulation.cost import TaskCost
 from alignfed.simulation.devices import DeviceTable
@@ -49,8 +50,17 @@ class Fleet:
 
         Compute time is tokens x FLOPs per token / (FLOP/s x efficiency), transfer time is
         bytes / bandwidth; both stretch with the conditions of each moment they last.
+
+        Raises:
+            FleetError: there is no such device.
         """
         table, conditions = self.devices, self.conditions
+        if not 0 <= device_id < len(table):  # a negative index would name another device
+            raise FleetError(
+                f"there is no device {device_id}: the fleet's ids are 0 to {len(table) - 1}",
+                device_id=device_id,
+                devices=len(table),
+            )
         network, compute = conditions.network_factor, conditions.compute_factor
         download_s = cost.download_bytes * float(table.seconds_per_byte_down[device_id])
         compute_s = cost.tokens * cost.flops_per_token * float(table.seconds_per_flop[device_id])

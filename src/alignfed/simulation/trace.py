@@ -10,17 +10,33 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from alignfed.errors import FleetError, TraceError
-from alignfed.simulation.conditions import RecordedConditions, RecordedDevice, Steps
 from alignfed.simulation.devices import Device, DeviceTable
 from alignfed.simulation.fleet import Fleet
+from alignfed.simulation.reading import as_number, parse_line
+from alignfed.simulation.recordings import RecordedConditions, RecordedDevice, Steps
 
 FORMAT = "alignfed-device-trace"
 VERSION = 1
+
+_HEADER = {"format": str, "version": int, "horizon_s": float, "devices": int}
+_DEVICE = {
+    "device_id": int,
+    "tier": str,
+    "flops_per_s": float,
+    "efficiency": float,
+    "memory_bytes": float,
+    "down_bytes_per_s": float,
+    "up_bytes_per_s": float,
+    "steps": list,
+    "begins_available": bool,
+    "changes_s": list,
+    "failures_s": list,
+}
 
 
 def record_trace(fleet: Fleet, horizon_s: float) -> str:
@@ -50,33 +66,42 @@ def read_trace(path: Path) -> Fleet:
         raise TraceError(f"device trace {path} cannot be read: {error}", path=str(path)) from error
     if not lines:
         raise TraceError(f"device trace {path} is empty", path=str(path))
-    header = _parse(lines[0], 1, path)
-    if header.get("format") != FORMAT or header.get("version") != VERSION:
+    header = parse_line(lines[0], 1, path, _HEADER)
+    if header["format"] != FORMAT or header["version"] != VERSION:
         raise TraceError(
             f"{path} is not a device trace of version {VERSION}: its first line says format"
-            f" {header.get('format')!r}, version {header.get('version')!r}",
+            f" {header['format']!r}, version {header['version']!r}",
             path=str(path),
         )
-    if header.get("devices") != len(lines) - 1:
+    if header["devices"] != len(lines) - 1 or len(lines) == 1:
         raise TraceError(
-            f"{path} announces {header.get('devices')!r} devices and holds {len(lines) - 1};"
+            f"{path} announces {header['devices']!r} devices and holds {len(lines) - 1};"
             " it was cut off or edited",
             path=str(path),
         )
-    horizon_s = header.get("horizon_s")
-    if not isinstance(horizon_s, int | float) or not 0 < horizon_s < math.inf:
+    horizon_s = header["horizon_s"]
+    if not horizon_s > 0:
         raise TraceError(f"{path}: horizon_s is {horizon_s!r}, must be above 0", path=str(path))
     devices, recorded = [], []
     for number, line in enumerate(lines[1:], start=2):
-        one = _parse(line, number, path)
+        one = parse_line(line, number, path, _DEVICE)
+        if one["device_id"] != number - 2:
+            raise TraceError(
+                f"{path}, line {number}: device_id is {one['device_id']}, must be {number - 2};"
+                " ids are 0, 1, 2 ... in order",
+                path=str(path),
+                line=number,
+                field="device_id",
+                value=one["device_id"],
+            )
         try:
-            device, conditions = _read_device(one)
-        except (KeyError, TypeError, ValueError, FleetError) as error:
-            what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise TraceError(f"{path}, line {number}: {what}", path=str(path)) from error
-        devices.append(device)
-        recorded.append(conditions)
-    return Fleet(DeviceTable(devices), RecordedConditions(recorded, float(horizon_s)))
+            devices.append(Device(**{field.name: one[field.name] for field in fields(Device)}))
+            recorded.append(_recorded(one, horizon_s))
+        except (ValueError, FleetError) as error:
+            raise TraceError(f"{path}, line {number}: {error}", path=str(path), line=number) from (
+                error
+            )
+    return Fleet(DeviceTable(devices), RecordedConditions(recorded, horizon_s))
 
 
 def _record_device(fleet: Fleet, device_id: int, horizon_s: float) -> dict[str, Any]:
@@ -86,8 +111,8 @@ def _record_device(fleet: Fleet, device_id: int, horizon_s: float) -> dict[str, 
     while time_s < horizon_s:
         compute = conditions.compute_factor(device_id, time_s)
         network = conditions.network_factor(device_id, time_s)
-        if not steps or [compute, network] != steps[-1][1:]:
-            steps.append([time_s, compute, network])
+        # Steps of equal factors stay apart: a task's times are sums over them, which round.
+        steps.append([time_s, compute, network])
         time_s = conditions.next_step_s(device_id, time_s)
     changes, time_s = [], conditions.next_change_s(device_id, 0.0)
     while time_s < horizon_s:
@@ -105,51 +130,32 @@ def _record_device(fleet: Fleet, device_id: int, horizon_s: float) -> dict[str, 
     }
 
 
-def _read_device(one: dict[str, Any]) -> tuple[Device, RecordedDevice]:
-    device = Device(
-        int(one["device_id"]),
-        str(one["tier"]),
-        *(
-            float(one[name])
-            for name in (
-                "flops_per_s",
-                "efficiency",
-                "memory_bytes",
-                "down_bytes_per_s",
-                "up_bytes_per_s",
-            )
-        ),
-    )
-    times = _increasing([step[0] for step in one["steps"]], "steps")
+def _recorded(one: dict[str, Any], horizon_s: float) -> RecordedDevice:
+    steps = one["steps"]
+    if any(not isinstance(step, list) or len(step) != 3 for step in steps):
+        raise ValueError("every entry of steps must be [time_s, compute factor, network factor]")
+    times, compute, network = (_numbers([s[i] for s in steps], "steps") for i in range(3))
     if not times or times[0] != 0:
         raise ValueError("steps must begin at time 0")
-    factors = [[float(step[i]) for step in one["steps"]] for i in (1, 2)]
-    for series in factors:
-        if not all(0 < factor < math.inf for factor in series):
-            raise ValueError("every factor must be a finite number above 0")
-    return device, RecordedDevice(
-        Steps(times, factors[0]),
-        Steps(times, factors[1]),
-        _increasing(one["changes_s"], "changes_s"),
-        bool(one["begins_available"]),
-        _increasing(one["failures_s"], "failures_s"),
+    for factor in (*compute, *network):
+        if not factor > 0:
+            raise ValueError(f"a factor in steps is {factor}, must be above 0")
+    changes, failures = (_numbers(one[name], name) for name in ("changes_s", "failures_s"))
+    for name, moments in (("steps", times), ("changes_s", changes), ("failures_s", failures)):
+        for earlier, later in itertools.pairwise(moments):
+            if not later > earlier:
+                raise ValueError(f"{name} must increase; {later} follows {earlier}")
+        if moments and not 0 <= moments[0] <= moments[-1] < horizon_s:
+            raise ValueError(
+                f"{name} span {moments[0]} to {moments[-1]}, must lie from 0 to before horizon_s"
+                f" = {horizon_s}"
+            )
+    return RecordedDevice(
+        Steps(times, compute), Steps(times, network), changes, one["begins_available"], failures
     )
 
 
-def _increasing(values: list[Any], name: str) -> list[float]:
-    found = [float(value) for value in values]
-    if any(not later > earlier for earlier, later in itertools.pairwise(found)):
-        raise ValueError(f"{name} must increase")
-    if any(not 0 <= value < math.inf for value in found):
-        raise ValueError(f"{name} must be finite and not negative")
-    return found
-
-
-def _parse(line: str, number: int, path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise TraceError(f"{path}, line {number} is not JSON: {error}", path=str(path)) from error
-    if not isinstance(value, dict):
-        raise TraceError(f"{path}, line {number} is not a JSON object", path=str(path))
-    return value
+def _numbers(values: list[Any], name: str) -> list[float]:
+    if set(map(type, values)) <= {float} and all(map(math.isfinite, values)):
+        return values
+    return [as_number(value, name) for value in values]

@@ -6,22 +6,19 @@ and value.
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 import itertools
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from alignfed.errors import TraceError
-from alignfed.simulation.conditions import RecordedConditions, RecordedDevice, Steps
 from alignfed.simulation.devices import Device, DeviceTable
 from alignfed.simulation.draws import stream_key, uniform
 from alignfed.simulation.presets import KINDS
+from alignfed.simulation.reading import number_list, positive, read_csv, read_json
+from alignfed.simulation.recordings import RecordedConditions, RecordedDevice, Steps
 
 _LIVELAB_PERIOD_S = 172_800.0
 _FEDSCALE_FLOPS_PER_SAMPLE = 3 * 0.3e9 * 2
@@ -40,26 +37,32 @@ def flash_devices(folder: Path, count: int, seed: int) -> DeviceTable:
     Raises:
         TraceError: a file is missing or malformed.
     """
-    names = _read_json(folder / "real2benchmark.json", dict)
-    scores = _read_json(folder / "benchmark2score.json", dict)
-    found = sorted(float(scores[name]) for name in names.values() if name in scores)
+    names = read_json(folder / "real2benchmark.json", dict)
+    scores = read_json(folder / "benchmark2score.json", dict)
+    found = sorted(
+        positive(scores, name, folder / "benchmark2score.json", place)
+        for place, name in enumerate(names.values())
+        if isinstance(name, str) and name in scores
+    )
     if not found:
         raise TraceError(f"{folder} has no phone with an AI-Benchmark score", path=str(folder))
-    speeds = _read_csv(folder / "network_speed.csv", ("down_mean_kBps", "up_mean_kBps"))
+    network = folder / "network_speed.csv"
+    speeds = read_csv(network, ("down_mean_kBps", "up_mean_kBps"))
     median = found[len(found) // 2]
     key, middle = stream_key(seed, "flash"), KINDS["phone-mid"].device
     devices = []
     for i in range(count):
         score = found[int(uniform(key, i, 0) * len(found))]
-        row = speeds[int(uniform(key, i, 1) * len(speeds))]
+        place = int(uniform(key, i, 1) * len(speeds))
+        row = speeds[place]
         devices.append(
             replace(
                 middle,
                 device_id=i,
                 tier="flash-phone",
                 flops_per_s=middle.flops_per_s * math.sqrt(score / median),
-                down_bytes_per_s=row["down_mean_kBps"] * 1e3,
-                up_bytes_per_s=row["up_mean_kBps"] * 1e3,
+                down_bytes_per_s=1e3 * positive(row, "down_mean_kBps", network, place),
+                up_bytes_per_s=1e3 * positive(row, "up_mean_kBps", network, place),
             )
         )
     return DeviceTable(devices)
@@ -71,33 +74,49 @@ def pensieve_conditions(
     """Give each device a bandwidth trace of Pensieve (Mao et al. 2017), repeated end to end.
 
     Both directions follow it: a device's bandwidth is the trace's mean, and the network factor is
-    that mean over the rate of the moment (a rate of 0 is read as a hundredth of the mean).
+    that mean over the rate of the moment (a rate below a hundredth of the mean, as 59 of the
+    78,997 samples are, is read as that hundredth: a transfer waits, but not for ever). The last
+    sample lasts as long as the one before it; then the trace begins again.
 
     Raises:
         TraceError: the file is missing or malformed.
     """
-    rows = _read_csv(path, ("t_s", "mbps"), text=("trace_id",))
+    rows = read_csv(path, ("t_s", "mbps"), text=("trace_id",))
     traces: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
+        if row["mbps"] < 0:
+            raise TraceError(
+                f"{path}: trace {row['trace_id']} has mbps = {row['mbps']} at {row['t_s']} s, must"
+                " be at least 0",
+                path=str(path),
+                field="mbps",
+                value=row["mbps"],
+            )
         traces.setdefault(row["trace_id"], []).append((row["t_s"], row["mbps"]))
     names, key = sorted(traces), stream_key(seed, "bandwidth")
-    table, recorded, horizon_s = [], [], 0.0
+    table, recorded = [], []
     for device in devices:
-        samples = traces[names[int(uniform(key, device.device_id) * len(names))]]
+        name = names[int(uniform(key, device.device_id) * len(names))]
+        samples = traces[name]
+        if len(samples) < 2:
+            raise TraceError(
+                f"{path}: trace {name} has one sample, must have two or more to say how long they"
+                " last",
+                path=str(path),
+                trace_id=name,
+            )
         times = [time_s - samples[0][0] for time_s, _ in samples]
         if any(later <= earlier for earlier, later in itertools.pairwise(times)):
-            raise TraceError(f"{path}: the times of a trace do not increase", path=str(path))
+            raise TraceError(f"{path}: the times of trace {name} do not increase", path=str(path))
         mean = sum(rate for _, rate in samples) / len(samples)
         if mean <= 0:
-            raise TraceError(f"{path}: a trace never transfers anything", path=str(path))
+            raise TraceError(f"{path}: trace {name} never transfers anything", path=str(path))
         factors = [mean / max(rate, mean / 100) for _, rate in samples]
         rate_bytes = mean * 1e6 / 8
         table.append(replace(device, down_bytes_per_s=rate_bytes, up_bytes_per_s=rate_bytes))
-        recorded.append((times, factors))
-        horizon_s = max(horizon_s, times[-1])
-    return DeviceTable(table), RecordedConditions(
-        [RecordedDevice(network=_repeat(*one, horizon_s)) for one in recorded], horizon_s
-    )
+        period_s = times[-1] + (times[-1] - times[-2])
+        recorded.append(RecordedDevice(network=Steps(times, factors), period_s=period_s))
+    return DeviceTable(table), RecordedConditions(recorded, math.inf)
 
 
 def livelab_devices(path: Path, count: int, seed: int) -> tuple[DeviceTable, RecordedConditions]:
@@ -110,7 +129,7 @@ def livelab_devices(path: Path, count: int, seed: int) -> tuple[DeviceTable, Rec
     Raises:
         TraceError: the file is missing or malformed.
     """
-    phones = _read_json(path, list)
+    phones = read_json(path, list)
     fields = (
         *("CPU_FLOPS", "GPU_FLOPS", "availability", "timestamps-carat"),
         *("rate", "timestamps-livelab", "active", "inactive"),
@@ -127,7 +146,8 @@ def livelab_devices(path: Path, count: int, seed: int) -> tuple[DeviceTable, Rec
         phone = phones[i % len(phones)]
         # The first of each phone keeps its own hours; copies live in another time zone.
         shift_s = 0.0 if i < len(phones) else uniform(key, i) * _LIVELAB_PERIOD_S
-        peak = float(phone["CPU_FLOPS"]) + float(phone["GPU_FLOPS"])
+        place = i % len(phones)
+        peak = sum(positive(phone, name, path, place) for name in ("CPU_FLOPS", "GPU_FLOPS"))
         devices.append(
             replace(
                 middle,
@@ -138,9 +158,13 @@ def livelab_devices(path: Path, count: int, seed: int) -> tuple[DeviceTable, Rec
                 up_bytes_per_s=54e6 / 8,
             )
         )
-        compute = _series(phone["timestamps-carat"], phone["availability"], 100.0, 1.0)
-        network = _series(phone["timestamps-livelab"], phone["rate"], 54.0, 1.0)
-        changes = _changes(phone["active"], phone["inactive"])
+        compute = _series(phone, ("timestamps-carat", "availability"), 100.0, path, place)
+        network = _series(phone, ("timestamps-livelab", "rate"), 54.0, path, place)
+        active, inactive = (
+            number_list(phone, name, path, place, 0.0, _LIVELAB_PERIOD_S)
+            for name in ("active", "inactive")
+        )
+        changes = _changes(active, inactive)
         recorded.append(_shifted(compute, network, changes, shift_s))
     return DeviceTable(devices), RecordedConditions(recorded, _LIVELAB_PERIOD_S)
 
@@ -157,9 +181,9 @@ def fedscale_devices(path: Path, count: int, seed: int) -> DeviceTable:
         TraceError: the file is missing or malformed.
     """
     if path.suffix == ".csv":
-        entries: Sequence[Mapping[str, Any]] = _read_csv(path, ("computation", "communication"))
+        entries: Sequence[Mapping[str, Any]] = read_csv(path, ("computation", "communication"))
     else:
-        raw = _read_json(path, (dict, list))
+        raw = read_json(path, dict, list)
         entries = list(raw.values()) if isinstance(raw, dict) else raw
     if not entries:
         raise TraceError(f"{path} holds no devices", path=str(path))
@@ -168,8 +192,8 @@ def fedscale_devices(path: Path, count: int, seed: int) -> DeviceTable:
     for i in range(count):
         place = i if count <= len(entries) else int(uniform(key, i) * len(entries))
         entry = entries[place]
-        latency_ms = _positive(entry, "computation", path, place)
-        rate_kbit = _positive(entry, "communication", path, place)
+        latency_ms = positive(entry, "computation", path, place)
+        rate_kbit = positive(entry, "communication", path, place)
         devices.append(
             Device(
                 i,
@@ -184,11 +208,22 @@ def fedscale_devices(path: Path, count: int, seed: int) -> DeviceTable:
     return DeviceTable(devices)
 
 
-def _series(times: Sequence[float], values: Sequence[float], best: float, least: float) -> Steps:
-    """Turn samples of ``percent of best`` into factors; the first one holds from time 0."""
-    factors: dict[float, float] = {}
-    for time_s, value in zip(times, values, strict=False):
-        factors[float(time_s)] = best / max(float(value), least)
+def _series(
+    phone: Mapping[str, Any], names: tuple[str, str], best: float, path: Path, place: int
+) -> Steps:
+    """Turn samples of so much of ``best`` into factors; the first one holds from time 0."""
+    times = number_list(phone, names[0], path, place, 0.0, _LIVELAB_PERIOD_S)
+    values = number_list(phone, names[1], path, place, 1.0, best)
+    if len(times) != len(values):
+        raise TraceError(
+            f"{path}: entry {place} has {len(times)} {names[0]} and {len(values)} {names[1]}, must"
+            " be as many",
+            path=str(path),
+            entry=place,
+            field=names[1],
+        )
+    # Of samples at the same time the last one counts.
+    factors = {time_s: best / value for time_s, value in zip(times, values, strict=True)}
     ordered = sorted(factors.items())
     if not ordered:
         return Steps()
@@ -201,7 +236,7 @@ def _series(times: Sequence[float], values: Sequence[float], best: float, least:
 
 def _changes(active: Sequence[float], inactive: Sequence[float]) -> list[tuple[float, bool]]:
     """Return ``(time_s, available)`` in order, without repeats of a state."""
-    marks = sorted([(float(t), True) for t in active] + [(float(t), False) for t in inactive])
+    marks = sorted([(t, True) for t in active] + [(t, False) for t in inactive])
     kept: list[tuple[float, bool]] = []
     for time_s, state in marks:
         if kept and kept[-1][0] == time_s:
@@ -238,82 +273,6 @@ def _shift_steps(steps: Steps, shift_s: float) -> Steps:
     moved = ((t - shift_s) % _LIVELAB_PERIOD_S for t in steps.times_s)
     pairs += sorted((t, v) for t, v in zip(moved, steps.values, strict=True) if t > 0)
     return Steps([t for t, _ in pairs], [v for _, v in pairs])
-
-
-def _repeat(times: Sequence[float], factors: Sequence[float], horizon_s: float) -> Steps:
-    """Repeat a trace end to end up to a horizon."""
-    length_s = times[-1] + (times[-1] - times[-2] if len(times) > 1 else 1.0)
-    every_time: list[float] = []
-    every_factor: list[float] = []
-    start_s = 0.0
-    while start_s < horizon_s or not every_time:
-        for time_s, factor in zip(times, factors, strict=True):
-            if start_s + time_s < horizon_s or not every_time:
-                every_time.append(start_s + time_s)
-                every_factor.append(factor)
-        start_s += length_s
-    return Steps(every_time, every_factor)
-
-
-def _positive(entry: Mapping[str, Any], name: str, path: Path, place: int) -> float:
-    try:
-        value = float(entry[name])
-    except (KeyError, TypeError, ValueError):
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise TraceError(
-            f"{path}: entry {place} has no {name!r} above 0"
-            f" (found {entry.get(name) if isinstance(entry, Mapping) else entry!r})",
-            path=str(path),
-            field=name,
-        )
-    return value
-
-
-def _read_json(path: Path, kind: type | tuple[type, ...]) -> Any:
-    value = _read(path, json.load)
-    if not isinstance(value, kind):
-        raise TraceError(f"{path} holds a {type(value).__name__}, not what is expected")
-    return value
-
-
-def _read_csv(path: Path, numbers: Sequence[str], text: Sequence[str] = ()) -> list[dict[str, Any]]:
-    rows = _read(path, lambda file: list(csv.DictReader(file)))
-    found = []
-    for place, row in enumerate(rows, start=2):
-        one: dict[str, Any] = {}
-        for name in (*numbers, *text):
-            if row.get(name) in (None, ""):
-                raise TraceError(
-                    f"{path}, line {place}: column {name!r} is missing or empty", field=name
-                )
-            one[name] = row[name]
-        for name in numbers:
-            try:
-                one[name] = float(one[name])
-            except ValueError:
-                raise TraceError(
-                    f"{path}, line {place}: {name} is {one[name]!r}, not a number", field=name
-                ) from None
-        found.append(one)
-    if not found:
-        raise TraceError(f"{path} holds no rows", path=str(path))
-    return found
-
-
-def _read(path: Path, parse: Callable[[io.TextIOBase], Any]) -> Any:
-    try:
-        if path.suffix == ".gz":
-            with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
-                return parse(file)
-        with path.open(encoding="utf-8", newline="") as file:
-            return parse(file)
-    except FileNotFoundError:
-        raise TraceError(
-            f"trace file {path} does not exist; check the path", path=str(path)
-        ) from None
-    except (OSError, ValueError, csv.Error, EOFError) as error:
-        raise TraceError(f"trace file {path} cannot be read: {error}", path=str(path)) from error
 
 
 __all__ = [

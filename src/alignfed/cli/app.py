@@ -1,0 +1,190 @@
+"""The commands. Each loads what it needs when it runs, so that help is quick."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from alignfed.cli.refusal import INTERRUPTED, debugging, refusing
+from alignfed.progress import ProgressView
+from alignfed.version import __version__
+
+app = typer.Typer(
+    name="alignfed",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeOption = Annotated[
+    Path | None,
+    typer.Argument(metavar="RECIPE.toml", help="The recipe; the built-in one if none is given."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Replace one key of the recipe, as in [b]lora.rank=4[/b]; "
+        "[b]KEY=unset[/b] removes it. May be given again and again.",
+    ),
+]
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"alignfed {__version__}")
+        raise typer.Exit
+
+
+@app.callback(
+    epilog="First steps: [b]alignfed simulate[/b] runs the built-in example offline; "
+    "[b]alignfed init my.toml[/b] writes a commented recipe; "
+    "[b]alignfed simulate my.toml --out runs/mine[/b] runs it."
+)
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show a traceback where a command refuses.")
+    ] = False,
+) -> None:
+    """Fine-tune a language model with LoRA across a fleet of unequal devices, asynchronously."""
+    debugging.on = debug
+
+
+@app.command(
+    epilog="Examples: [b]alignfed simulate[/b]; "
+    "[b]alignfed simulate --set strategy.rule=fedbuff --set seed=1 --out runs/fedbuff[/b]; "
+    "[b]alignfed simulate recipes/dolly.toml --set data.path=my/folder[/b]"
+)
+@refusing
+def simulate(
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Where to keep the run; a new folder in runs/ if left out.",
+        ),
+    ] = None,
+) -> None:
+    """Run a federated fine-tuning on a virtual clock, and keep recipe, journal and adapter."""
+    from alignfed.config import default_recipe, load_recipe
+
+    changes = overrides or []
+    loaded = load_recipe(recipe, changes) if recipe is not None else default_recipe(changes)
+    directory = out if out is not None else _new_directory(loaded.name)
+    from alignfed import api
+
+    _watch(directory, lambda view: api.simulate(loaded, directory, view=view))
+
+
+@app.command(epilog="Example: [b]alignfed resume runs/alignfed[/b]")
+@refusing
+def resume(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory.")],
+) -> None:
+    """Go on with a run that was interrupted; the result is that of an uninterrupted one."""
+    from alignfed import api
+
+    _watch(directory, lambda view: api.resume(directory, view=view))
+
+
+@app.command(epilog="Example: [b]alignfed strategies fedbuff[/b] shows the settings of one rule.")
+@refusing
+def strategies(
+    rule: Annotated[
+        str | None, typer.Argument(metavar="RULE", help="Show this rule's settings.")
+    ] = None,
+) -> None:
+    """List aggregation rules and LoRA rules, or one rule's settings."""
+    from alignfed.cli.listings import print_rule, print_rules
+
+    if rule is None:
+        print_rules(_console())
+    else:
+        print_rule(_console(), rule)
+
+
+@app.command(epilog="Example: [b]alignfed simulate --set fleet.preset=laptops[/b]")
+@refusing
+def fleets() -> None:
+    """List the fleets that come with the package, with where their figures are from."""
+    from alignfed.cli.listings import print_fleets
+
+    print_fleets(_console())
+
+
+@app.command(epilog="Example: [b]alignfed init my.toml[/b], then edit it.")
+@refusing
+def init(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="The file to write.")],
+) -> None:
+    """Write a recipe in which every key is explained. Never overwrites."""
+    from alignfed.cli.starting import write_starting_recipe
+
+    write_starting_recipe(recipe)
+    typer.echo(f"{recipe} written; run it with: alignfed simulate {recipe}")
+
+
+@app.command(epilog="Example: [b]alignfed plan recipes/llama3-8b.toml[/b]")
+@refusing
+def plan(recipe: RecipeOption = None, overrides: SetOption = None) -> None:
+    """Count bytes and FLOPs of a recipe on each kind of device. Downloads and loads nothing."""
+    from alignfed.cli.listings import print_plan
+    from alignfed.config import default_recipe, load_recipe
+    from alignfed.planning import make_plan
+
+    changes = overrides or []
+    loaded = load_recipe(recipe, changes) if recipe is not None else default_recipe(changes)
+    print_plan(_console(), make_plan(loaded))
+
+
+def _console() -> Console:
+    return Console()
+
+
+def _watch(directory: Path, run: Callable[[ProgressView], object]) -> None:
+    """Show a run while it goes on; after Ctrl-C say how to go on."""
+    from alignfed.cli.view import RunView
+
+    view = RunView(_console())
+    try:
+        run(view)
+    except KeyboardInterrupt:
+        view.close()
+        if (directory / "journal.sqlite").exists():
+            command = f"alignfed resume {shlex.quote(str(directory))}"
+            typer.echo(f"interrupted; what was done is kept. Go on with: {command}", err=True)
+        else:
+            typer.echo("interrupted before the run began; there is nothing to resume", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        view.close()
+
+
+def _new_directory(name: str) -> Path:
+    """Return the first of ``runs/name``, ``runs/name-2``, ... that does not exist."""
+    number, directory = 1, Path("runs") / name
+    while directory.exists():
+        number += 1
+        directory = Path("runs") / f"{name}-{number}"
+    return directory

@@ -1,0 +1,59 @@
+"""How a command ends badly: a clear sentence on standard error and an exit code, no traceback."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+
+from alignfed.errors import AlignFedError
+
+REFUSED = 2
+"""Exit code of a refusal; click uses the same for wrong arguments."""
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells give it: 128 + SIGINT."""
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+
+
+@dataclass(slots=True)
+class _Debugging:
+    """Whether a refusal shows where it was raised; set once, by ``--debug``."""
+
+    on: bool = False
+
+
+debugging = _Debugging()
+
+
+def refusing(command: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """Make a command show what AlignFed refuses instead of a traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        try:
+            return command(*args, **kwargs)
+        except AlignFedError as error:
+            if debugging.on:
+                raise
+            show_refusal(error)
+            raise typer.Exit(REFUSED) from None
+
+    return wrapped
+
+
+def show_refusal(error: AlignFedError) -> None:
+    """Write an error to standard error: a panel on a terminal, a plain line elsewhere."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        console.print(Panel(escape(str(error)), title="refused", border_style="red"))
+    else:
+        typer.echo(f"error: {error}", err=True)

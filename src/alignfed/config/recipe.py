@@ -1,0 +1,163 @@
+"""A whole recipe, and what its sections ask of each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import model_validator
+
+from alignfed.config.data import DataSection
+from alignfed.config.document import write_recipe
+from alignfed.config.fleet import FleetSection
+from alignfed.config.model import LoraSection, ModelSection
+from alignfed.config.run import (
+    EvaluationSection,
+    ServerSection,
+    StopSection,
+    StrategySection,
+    TrainingSection,
+)
+from alignfed.config.section import BUILTIN, Section, UnfitError, key, table
+from alignfed.config.words import joined, toml_text
+from alignfed.errors import RuleError
+from alignfed.training.naming import nearest_name
+
+Problem = tuple[str, str]
+"""Where, and what is wrong."""
+
+
+class Recipe(Section):
+    """Everything a run depends on."""
+
+    name: str = key(
+        "alignfed",
+        "Name of the run, used for its directory.",
+        allowed="letters, digits, dots, dashes and underscores, starting with a letter or digit",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+    )
+    seed: int = key(0, "Seed of every draw; the same seed gives the same run.", ge=0, le=2**31 - 1)
+    model: ModelSection = table(ModelSection, "The frozen base model.")
+    lora: LoraSection = table(LoraSection, "The adapter that is trained.")
+    data: DataSection = key(..., "The data, and who holds what.")
+    training: TrainingSection = key(..., "What every client does with a task.")
+    strategy: StrategySection = table(StrategySection, "How uploads become server versions.")
+    server: ServerSection = table(ServerSection, "The server.")
+    fleet: FleetSection = table(FleetSection, "The clients' devices.")
+    stop: StopSection = key(..., "When the run ends: whichever comes first.")
+    evaluation: EvaluationSection = table(EvaluationSection, "How versions are scored.")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        problems = [
+            *_task_problems(self),
+            *_rule_problems(self),
+            *_length_problems(self),
+            *_server_problems(self),
+        ]
+        if problems:
+            raise UnfitError(problems)
+        return self
+
+    def to_toml(self) -> str:
+        """Return the recipe as TOML, every key that is set; reading it gives the same recipe."""
+        return write_recipe(self)
+
+
+def _task_problems(recipe: Recipe) -> Iterator[Problem]:
+    template, scorer = recipe.data.template, recipe.evaluation.scorer
+    own = recipe.data.path != BUILTIN
+    if recipe.model.task == "sequence_classification":
+        if not own:
+            yield "data.path", "the built-in corpus has no labels; a classifier needs data of yours"
+        elif recipe.data.label_column is None:
+            yield "data.label_column", 'task "sequence_classification" needs the labels\' column'
+        if template is not None and template.response:
+            yield "data.template.response", "a classifier gives no response; remove it"
+        if scorer not in ("none", "accuracy"):
+            yield (
+                "evaluation.scorer",
+                f'{toml_text(scorer)} needs text; a classifier has "accuracy"',
+            )
+    else:
+        if recipe.data.label_column is not None:
+            yield "data.label_column", 'only task "sequence_classification" has labels; remove it'
+        if own and template is not None and not template.response:
+            yield "data.template.response", "a language model needs a response to learn"
+        if scorer == "accuracy":
+            yield (
+                "evaluation.scorer",
+                '"accuracy" needs classes; a language model has "exact_match"',
+            )
+
+
+def _rule_problems(recipe: Recipe) -> Iterator[Problem]:
+    # The tables of rules bring torch with them; nothing that only shows help should wait for it.
+    from alignfed.core.aggregation import RULES, make_rule
+    from alignfed.core.lora import LORA_RULES
+
+    strategy = recipe.strategy
+    if strategy.lora not in LORA_RULES:
+        near = nearest_name(strategy.lora, LORA_RULES)
+        yield (
+            "strategy.lora",
+            f"{toml_text(strategy.lora)} must be one of {', '.join(LORA_RULES)}{near}",
+        )
+    if strategy.rule not in RULES:
+        near = nearest_name(strategy.rule, RULES)
+        yield "strategy.rule", f"{toml_text(strategy.rule)} must be one of {', '.join(RULES)}{near}"
+        return
+    known = {setting.name: setting for setting in RULES[strategy.rule].settings}
+    faulty = False
+    for name, value in strategy.settings.items():
+        path = f"strategy.settings.{name}"
+        if name not in known:
+            faulty = True
+            near = nearest_name(name, known) or f"; it has {joined(known, 'and')}"
+            yield path, f'unknown setting of rule "{strategy.rule}"{near}'
+            continue
+        try:
+            make_rule(strategy.rule, **{name: value})
+        except RuleError:
+            faulty = True
+            yield path, f"= {toml_text(value)}: must be {known[name].limits}"
+    if faulty or recipe.data.calibration_examples:
+        return
+    rule = make_rule(strategy.rule, **strategy.settings)
+    if getattr(rule, "needs_calibrator", False):
+        yield (
+            "data.calibration_examples",
+            f'rule "{strategy.rule}" with these settings aligns by calibration data; raise it above'
+            ' 0 or set strategy.settings.alignment_map = "rank"',
+        )
+
+
+def _length_problems(recipe: Recipe) -> Iterator[Problem]:
+    length, new = recipe.data.max_length, recipe.evaluation.max_new_tokens
+    if recipe.evaluation.scorer in ("exact_match", "gsm8k") and new >= length:
+        yield (
+            "evaluation.max_new_tokens",
+            f"{new} leaves no prompt within data.max_length = {length}",
+        )
+    sizes = recipe.model.architecture
+    if sizes is not None and sizes.max_positions is not None and length > sizes.max_positions:
+        yield (
+            "data.max_length",
+            f"{length} is above model.architecture.max_positions = {sizes.max_positions}",
+        )
+
+
+def _server_problems(recipe: Recipe) -> Iterator[Problem]:
+    failures = recipe.fleet.variation.failures_per_hour
+    if failures and recipe.server.task_timeout_s is None:
+        yield (
+            "server.task_timeout_s",
+            f"is unset, but fleet.variation.failures_per_hour = {failures:g} makes tasks vanish"
+            " without a word, and the server would wait for ever; set it",
+        )
+    clients = recipe.data.partition.num_clients
+    if clients is not None and recipe.server.concurrency > clients:
+        yield (
+            "server.concurrency",
+            f"{recipe.server.concurrency} tasks in flight need as many clients;"
+            f" data.partition.num_clients = {clients}",
+        )

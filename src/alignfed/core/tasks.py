@@ -1,0 +1,118 @@
+"""Clients and the tasks they hold: who is next, what ends a task, and how long a failure costs."""
+
+from __future__ import annotations
+
+import heapq
+import math
+
+from alignfed.core.instructions import Dispatch
+from alignfed.core.state import ClientRecord, CoordinatorSettings, CoordinatorState
+from alignfed.core.update import Task
+
+
+def join(state: CoordinatorState, client_id: int) -> None:
+    """Note that a client can be reached; it waits for work unless it holds some."""
+    record = state.clients.get(client_id)
+    if record is None:
+        record = state.clients[client_id] = ClientRecord()
+    record.online = True
+    _make_idle(state, client_id, record)
+
+
+def leave(state: CoordinatorState, client_id: int) -> None:
+    """Note that a client cannot be reached; a task it holds may still come back."""
+    record = state.clients.get(client_id)
+    if record is not None:
+        record.online = False
+
+
+def dispatch(
+    state: CoordinatorState, settings: CoordinatorSettings, now_s: float
+) -> Dispatch | None:
+    """Give the longest idle client a task; None where nobody is idle or enough is in flight."""
+    while state.idle and len(state.tasks) < settings.concurrency:
+        client_id = state.idle.popleft()
+        record = state.clients[client_id]
+        record.queued = False
+        if not record.online:
+            continue
+        deadline_s = now_s + settings.task_timeout_s
+        task = Task(state.next_task_id, client_id, state.version, record.dispatches, deadline_s)
+        state.next_task_id += 1
+        record.dispatches += 1
+        record.task_id = task.task_id
+        state.tasks[task.task_id] = task
+        state.snapshots[state.version].references += 1
+        if deadline_s < math.inf:
+            state.deadlines.append((deadline_s, task.task_id))
+        return Dispatch(task, state.adapter)
+    return None
+
+
+def end_task(
+    state: CoordinatorState,
+    settings: CoordinatorSettings,
+    task: Task,
+    now_s: float,
+    *,
+    failed: bool,
+) -> None:
+    """Take a task out of flight; a client that failed pauses before it is given another."""
+    del state.tasks[task.task_id]
+    snapshot = state.snapshots[task.base_version]
+    snapshot.references -= 1
+    if snapshot.references == 0 and task.base_version != state.version:
+        del state.snapshots[task.base_version]
+    record = state.clients[task.client_id]
+    record.task_id = None
+    if not failed:
+        record.failures = 0
+        _make_idle(state, task.client_id, record)
+        return
+    record.failures += 1
+    backoff_s = settings.retry_backoff_s * 2.0 ** min(record.failures - 1, 62)
+    if backoff_s == 0:
+        _make_idle(state, task.client_id, record)
+        return
+    record.queued = True
+    ready_at_s = now_s + min(backoff_s, settings.max_backoff_s)
+    heapq.heappush(state.cooling, (ready_at_s, task.client_id))
+
+
+def expire(
+    state: CoordinatorState, settings: CoordinatorSettings, task: Task, now_s: float
+) -> None:
+    """Give a task up; an upload that still answers it will be refused as late."""
+    state.expired.add(task.task_id)
+    end_task(state, settings, task, now_s, failed=True)
+
+
+def expire_due(state: CoordinatorState, settings: CoordinatorSettings, now_s: float) -> None:
+    """Give up every task whose deadline has come."""
+    while state.deadlines and state.deadlines[0][0] <= now_s:
+        _, task_id = state.deadlines.popleft()
+        if (task := state.tasks.get(task_id)) is not None:
+            expire(state, settings, task, now_s)
+
+
+def end_pauses(state: CoordinatorState, now_s: float) -> None:
+    """Put clients whose pause is over back into the idle queue."""
+    while state.cooling and state.cooling[0][0] <= now_s:
+        _, client_id = heapq.heappop(state.cooling)
+        state.idle.append(client_id)
+
+
+def next_due_s(state: CoordinatorState) -> float:
+    """Return when the next deadline or the end of a pause comes (infinity: neither is set)."""
+    while state.deadlines and state.deadlines[0][1] not in state.tasks:
+        state.deadlines.popleft()
+    deadline_s = state.deadlines[0][0] if state.deadlines else math.inf
+    pause_s = state.cooling[0][0] if state.cooling else math.inf
+    return min(deadline_s, pause_s)
+
+
+def _make_idle(state: CoordinatorState, client_id: int, record: ClientRecord) -> None:
+    if record.queued or record.task_id is not None or not record.online:
+        return
+    record.queued = True
+    state.idle.append(client_id)

@@ -1,0 +1,1 @@
+"""Local fine-tuning, data and evaluation. Modules here import core and errors, nothing above."""

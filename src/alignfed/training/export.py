@@ -1,0 +1,70 @@
+"""A standard PEFT folder from an installed adapter, written by PEFT's own code."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from peft import PeftModel
+
+from alignfed.errors import ModelError
+
+PREFIX = "base_model.model."
+"""What PEFT puts before a module's name in the base; patterns in its configuration leave it out."""
+
+
+def write_peft_folder(
+    peft_model: PeftModel,
+    folder: Path,
+    base_model_name: str,
+    *,
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+) -> None:
+    """Save the installed adapter with a configuration that says exactly what it is.
+
+    Ranks and alphas that differ from module to module go into PEFT's ``rank_pattern`` and
+    ``alpha_pattern``.
+
+    Args:
+        peft_model: the model whose adapter is saved; its configuration is left as it was.
+        folder: made if missing.
+        base_model_name: what ``PeftModel.from_pretrained`` users load first.
+        ranks: rank of each adapted module.
+        alphas: alpha of each adapted module.
+
+    Raises:
+        ModelError: the folder cannot be written.
+    """
+    (name,) = peft_model.peft_config
+    original = peft_model.peft_config[name]
+    config = copy.copy(original)
+    config.base_model_name_or_path = base_model_name
+    config.r, config.rank_pattern = _common_and_rest(ranks)
+    numbers = {module: int(one) if one == int(one) else one for module, one in alphas.items()}
+    config.lora_alpha, config.alpha_pattern = _common_and_rest(numbers)
+    if not isinstance(config.target_modules, str):
+        # PEFT keeps a set, whose order would differ from process to process.
+        config.target_modules = sorted(config.target_modules)
+    peft_model.peft_config[name] = config
+    try:
+        # False: LoRA on embeddings is refused at load, and the vocabulary is never resized.
+        peft_model.save_pretrained(str(folder), save_embedding_layers=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"the adapter cannot be written to {folder}: {error}", path=str(folder)
+        ) from error
+    finally:
+        peft_model.peft_config[name] = original
+
+
+def _common_and_rest(numbers: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+    common = Counter(numbers.values()).most_common(1)[0][0]
+    rest = {
+        module.removeprefix(PREFIX): number
+        for module, number in sorted(numbers.items())
+        if number != common
+    }
+    return common, rest

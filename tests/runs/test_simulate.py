@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import alignfed
+from alignfed.builtin import MODEL_PATH
+from alignfed.errors import AlignFedError, FleetError, JournalError
+from alignfed.journal import RunReader
+from alignfed.progress import SilentView
+from tests.runs.recipes import SMALL
+
+PROMISED = {
+    *("strategy", "seed", "clients", "clients_participating", "base_eval_loss"),
+    *("final_eval_loss", "base_exact_match", "final_exact_match", "virtual_time_s"),
+    *("uploads", "server_version", "staleness_mean", "staleness_max", "rejected"),
+    *("participation_jain", "client_loss_worst10", "wall_time_s"),
+}
+
+
+def rows_of(directory):
+    with RunReader(directory) as reader:
+        return [(row.seq, row.time_s, row.kind, row.name, row.body) for row in reader.rows()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("run") / "small"
+    return alignfed.simulate(None, directory, overrides=SMALL)
+
+
+def test_a_run_leaves_everything_it_promises(finished):
+    names = {path.name for path in finished.directory.iterdir()}
+    assert names >= {"recipe.toml", "journal.sqlite", "metrics.jsonl", "adapter", "summary.json"}
+    summary = json.loads((finished.directory / "summary.json").read_text())
+    assert set(summary) >= PROMISED
+    assert summary == finished.summary
+    assert summary["uploads"] == 16
+    assert summary["server_version"] == 8
+    assert summary["final_eval_loss"] < summary["base_eval_loss"]
+    assert summary["synchronous_virtual_time_s"] > summary["virtual_time_s"]
+    lines = (finished.directory / "metrics.jsonl").read_text().splitlines()
+    assert len([json.loads(line) for line in lines]) >= 8
+
+
+def test_the_journal_accounts_for_every_upload(finished):
+    with RunReader(finished.directory) as reader:
+        uploads = list(reader.uploads())
+        assert [upload.outcome for upload in uploads] == ["applied"] * 16
+        assert all(upload.weight is not None and upload.staleness >= 0 for upload in uploads)
+        computed = [task_id for cohort in reader.cohorts() for task_id in cohort]
+    assert {upload.task_id for upload in uploads} <= set(computed)
+
+
+def test_the_adapter_gives_the_runs_loss_in_plain_peft(finished):
+    from alignfed.build import build_data
+
+    base = AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, finished.adapter).eval()
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
+    data, _ = build_data(alignfed.load_recipe(finished.directory / "recipe.toml"))
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for example in data.evaluation:
+            prompt = tokenizer(example.prompt, add_special_tokens=False).input_ids
+            response = tokenizer(example.response, add_special_tokens=False).input_ids
+            prompt = [tokenizer.bos_token_id, *prompt]
+            response = [*response, tokenizer.eos_token_id]
+            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+            losses = torch.nn.functional.cross_entropy(
+                logits, torch.tensor(response), reduction="sum"
+            )
+            total, count = total + float(losses), count + len(response)
+    assert total / count == pytest.approx(finished.summary["final_eval_loss"], rel=1e-4)
+
+
+def test_the_same_seed_gives_the_same_journal_rows_and_the_same_adapter(finished, tmp_path):
+    again = alignfed.simulate(None, tmp_path / "again", overrides=SMALL)
+    assert again.summary["adapter_checksum"] == finished.summary["adapter_checksum"]
+    assert rows_of(again.directory) == rows_of(finished.directory)
+    other = alignfed.simulate(None, tmp_path / "other", overrides=[*SMALL, "seed=1"])
+    assert other.summary["adapter_checksum"] != finished.summary["adapter_checksum"]
+
+
+@pytest.mark.parametrize("rule", ["fedavg", "fedasync", "fedbuff"])
+def test_every_rule_learns_on_the_built_in_data(rule, tmp_path):
+    overrides = [*SMALL, f"strategy.rule={rule}"]
+    if rule == "fedasync":
+        overrides.append("server.buffer_size=1")
+    result = alignfed.simulate(None, tmp_path / rule, overrides=overrides)
+    assert result.summary["strategy"] == rule
+    assert result.summary["final_eval_loss"] < 0.9 * result.summary["base_eval_loss"]
+
+
+def test_a_recorded_device_trace_is_replayed_under_another_rule(tmp_path):
+    varied = [*SMALL, "fleet.variation.compute_sigma=0.5", "fleet.variation.slot_s=1.0"]
+    first = alignfed.simulate(None, tmp_path / "first", overrides=[*varied, "fleet.record_s=600.0"])
+    trace = first.directory / "devices.jsonl"
+    replay = [*SMALL, f"fleet.replay={trace}", "fleet.preset=unset"]
+    again = alignfed.simulate(None, tmp_path / "again", overrides=replay)
+    assert again.summary["virtual_time_s"] == first.summary["virtual_time_s"]
+    assert again.summary["adapter_checksum"] == first.summary["adapter_checksum"]
+    other = alignfed.simulate(
+        None, tmp_path / "other", overrides=[*replay, "strategy.rule=fedbuff"]
+    )
+    assert other.summary["virtual_time_s"] == pytest.approx(
+        first.summary["virtual_time_s"], rel=0.2
+    )
+
+
+def test_clients_that_come_go_and_vanish_do_not_stop_a_run(tmp_path):
+    rough = [
+        *SMALL,
+        "fleet.variation.mean_on_s=4.0",
+        "fleet.variation.mean_off_s=1.0",
+        "fleet.variation.failures_per_hour=600.0",
+        "server.task_timeout_s=10.0",
+        "server.retry_backoff_s=0.1",
+    ]
+    result = alignfed.simulate(None, tmp_path / "rough", overrides=rough)
+    assert result.summary["uploads"] == 16
+    assert result.summary["lost_tasks"] > 0
+
+
+def test_a_directory_that_holds_a_run_is_left_alone(finished):
+    before = (finished.directory / "summary.json").read_bytes()
+    with pytest.raises(JournalError, match="already holds a run"):
+        alignfed.simulate(None, finished.directory, overrides=SMALL)
+    assert (finished.directory / "summary.json").read_bytes() == before
+
+
+def test_a_model_too_large_for_a_device_is_refused_with_its_numbers_before_anything_is_written(
+    tmp_path,
+):
+    with pytest.raises(FleetError, match=r"GiB are needed"):
+        alignfed.simulate(
+            None, tmp_path / "large", overrides=[*SMALL, "training.batch_size=500000"]
+        )
+    assert not (tmp_path / "large").exists()
+
+
+def test_a_standstill_is_reported_with_its_remedy(tmp_path):
+    doomed = [*SMALL, "fleet.variation.failures_per_hour=10000000.0"]
+    with pytest.raises(AlignFedError, match="task_timeout_s"):
+        alignfed.simulate(None, tmp_path / "doomed", overrides=doomed)
+
+
+def test_a_run_outside_the_main_thread_works_and_its_view_sees_progress(tmp_path):
+    seen = []
+
+    class Counting(SilentView):
+        def progress(self, snapshot):
+            seen.append(snapshot)
+
+    errors = []
+
+    def work():
+        try:
+            alignfed.simulate(None, tmp_path / "thread", overrides=SMALL, view=Counting())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not errors
+    assert seen[-1].uploads == 16
+    assert all(a.uploads <= b.uploads for a, b in itertools.pairwise(seen))
