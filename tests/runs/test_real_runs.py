@@ -35,13 +35,12 @@ def test_ten_dolly_clients_all_take_part_and_the_adapter_gives_its_loss_in_plain
     total, count = 0.0, 0
     with torch.no_grad():
         for example in data.evaluation:
-            prompt = tokenizer(example.prompt, add_special_tokens=False).input_ids
+            prompt = tokenizer(example.prompt).input_ids
             response = tokenizer(example.response, add_special_tokens=False).input_ids
             # As training/encoding.py states it: the response and its end keep their place, the
             # prompt loses its left side.
             response = [*response, tokenizer.eos_token_id][:255]
-            room = 256 - len(response) - 1
-            prompt = [tokenizer.bos_token_id, *prompt[max(0, len(prompt) - room) :]]
+            prompt = prompt[max(0, len(prompt) + len(response) - 256) :]
             logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
             losses = torch.nn.functional.cross_entropy(
                 logits, torch.tensor(response), reduction="sum"

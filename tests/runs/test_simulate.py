@@ -68,9 +68,8 @@ def test_the_adapter_gives_the_runs_loss_in_plain_peft(finished):
     total, count = 0.0, 0
     with torch.no_grad():
         for example in data.evaluation:
-            prompt = tokenizer(example.prompt, add_special_tokens=False).input_ids
+            prompt = tokenizer(example.prompt).input_ids
             response = tokenizer(example.response, add_special_tokens=False).input_ids
-            prompt = [tokenizer.bos_token_id, *prompt]
             response = [*response, tokenizer.eos_token_id]
             logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
             losses = torch.nn.functional.cross_entropy(

@@ -1,0 +1,220 @@
+"""Events and instructions as the journal's rows, each written by hand: this is the hot path.
+
+A row says who, which task and which version in columns, and the rest in a compact JSON body.
+Adapters are not in rows, only their checksums. A value JSON or SQLite cannot hold (only a hostile
+upload has one) is written as text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from alignfed.core.events import (
+    ClientJoined,
+    ClientLeft,
+    EvaluationFinished,
+    Event,
+    RunStarted,
+    TaskFailed,
+    TimerFired,
+    UpdateArrived,
+)
+from alignfed.core.instructions import (
+    Dispatch,
+    Evaluate,
+    Instruction,
+    Publish,
+    Reject,
+    SetTimer,
+    Stop,
+)
+from alignfed.errors import JournalError
+
+Fields: TypeAlias = "tuple[str, int | None, int | None, int | None, str]"
+"""A row's name, client id, task id, version and body."""
+
+_MAX_INTEGER = 2**63 - 1
+_MAX_TEXT = 500
+_encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of the journal.
+
+    Attributes:
+        seq: position in the run, from 1 without a gap.
+        time_s: the driver's clock.
+        kind: ``event``, ``instruction``, ``cohort`` or ``note``.
+        name: the event's or instruction's type, or the note's name.
+        client_id: whom it concerns, if anyone.
+        task_id: which task it concerns, if any.
+        version: the server version it concerns: an upload's base, a publish's result.
+        body: everything else.
+    """
+
+    seq: int
+    time_s: float
+    kind: str
+    name: str
+    client_id: int | None
+    task_id: int | None
+    version: int | None
+    body: Mapping[str, Any]
+
+
+def encode_event(event: Event) -> Fields:
+    """Return the row of an event.
+
+    Raises:
+        JournalError: an event of unknown type.
+    """
+    encode = _ENCODERS.get(type(event))
+    if encode is None:
+        raise JournalError(f"the journal cannot record a {type(event).__name__}")
+    return encode(event)
+
+
+def encode_instruction(instruction: Instruction) -> Fields:
+    """Return the row of an instruction.
+
+    Raises:
+        JournalError: an instruction of unknown type.
+    """
+    encode = _ENCODERS.get(type(instruction))
+    if encode is None:
+        raise JournalError(f"the journal cannot record a {type(instruction).__name__}")
+    return encode(instruction)
+
+
+def encode_cohort(task_ids: Sequence[int]) -> Fields:
+    """Return the row of tasks that were computed together."""
+    return ("Cohort", None, None, None, f'{{"task_ids":{_encode_json(list(task_ids))}}}')
+
+
+def with_checksum(fields: Fields, checksum: str) -> Fields:
+    """Return an ``UpdateArrived`` row that also names its adapter."""
+    name, client_id, task_id, version, body = fields
+    return (name, client_id, task_id, version, f'{body[:-1]},"adapter":"{checksum}"}}')
+
+
+def encode_mapping(mapping: Mapping[str, Any]) -> str:
+    """Return a JSON object; what JSON cannot hold becomes text."""
+    if not mapping:
+        return "{}"
+    try:
+        return _encode_json(dict(mapping))
+    except (TypeError, ValueError, RecursionError):
+        return _encode_json({text(key): _plain(value) for key, value in mapping.items()})
+
+
+def integer(value: object) -> int | None:
+    """Return a whole number that fits a column, or None for anything else."""
+    if type(value) is int and -_MAX_INTEGER <= value <= _MAX_INTEGER:
+        return value
+    return None
+
+
+def text(value: object) -> str:
+    """Return text that fits a column: valid Unicode of bounded length."""
+    found = value if isinstance(value, str) else reprlib.repr(value)
+    return found[:_MAX_TEXT].encode("utf-8", "backslashreplace").decode()
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(float(value))
+    if value is None or isinstance(value, bool) or integer(value) is not None:
+        return value
+    return text(value)
+
+
+def _number(value: float) -> str:
+    """JSON of a float; infinity and NaN are text, because JSON has no such numbers."""
+    return repr(float(value)) if math.isfinite(value) else f'"{float(value)!r}"'
+
+
+def _update_arrived(event: UpdateArrived) -> Fields:
+    update = event.update
+    metrics = encode_mapping(update.metrics)
+    client_id, task_id = integer(update.client_id), integer(update.task_id)
+    version, examples = integer(update.base_version), integer(update.num_examples)
+    if client_id is None or task_id is None or version is None or examples is None:
+        claims = {
+            name: _plain(getattr(update, name))
+            for name in ("client_id", "task_id", "base_version", "num_examples")
+        }
+        body = f'{{"claims":{_encode_json(claims)},"metrics":{metrics}}}'
+    else:
+        body = f'{{"num_examples":{examples},"metrics":{metrics}}}'
+    return ("UpdateArrived", client_id, task_id, version, body)
+
+
+def _evaluation_finished(event: EvaluationFinished) -> Fields:
+    score = "null" if event.score is None else _number(event.score)
+    body = f'{{"loss":{_number(event.loss)},"score":{score}}}'
+    return ("EvaluationFinished", None, None, event.version, body)
+
+
+def _task_failed(event: TaskFailed) -> Fields:
+    body = f'{{"reason":{_encode_json(text(event.reason))}}}'
+    return ("TaskFailed", event.client_id, event.task_id, None, body)
+
+
+def _dispatch(instruction: Dispatch) -> Fields:
+    task = instruction.task
+    body = f'{{"dispatch":{task.dispatch},"deadline_s":{_number(task.deadline_s)}}}'
+    return ("Dispatch", task.client_id, task.task_id, task.base_version, body)
+
+
+def _reject(instruction: Reject) -> Fields:
+    body = _encode_json({"reason": instruction.reason.value, "detail": text(instruction.detail)})
+    return (
+        "Reject", integer(instruction.client_id), integer(instruction.task_id), None, body
+    )  # fmt: skip
+
+
+def _publish(instruction: Publish) -> Fields:
+    applied = ",".join(
+        f"[{item.task_id},{item.client_id},{item.base_version},{item.staleness},"
+        f"{_number(item.weight)},{_number(item.norm)}]"
+        for item in instruction.applied
+    )
+    work = instruction.work
+    body = (
+        f'{{"adapter":"{instruction.adapter.checksum}","applied":[{applied}],'
+        f'"notes":{encode_mapping(instruction.notes)},"bytes_moved":{work.bytes_moved},'
+        f'"calibration_tokens":{work.calibration_tokens}}}'
+    )
+    return ("Publish", None, None, instruction.version, body)
+
+
+def _set_timer(instruction: SetTimer) -> Fields:
+    return ("SetTimer", None, None, None, f'{{"at_s":{_number(instruction.at_s)}}}')
+
+
+def _stop(instruction: Stop) -> Fields:
+    body = f'{{"reason":"{instruction.reason.value}"}}'
+    return ("Stop", None, None, instruction.version, body)
+
+
+_ENCODERS: dict[type, Callable[[Any], Fields]] = {
+    RunStarted: lambda event: ("RunStarted", None, None, None, "{}"),
+    ClientJoined: lambda event: ("ClientJoined", event.client_id, None, None, "{}"),
+    ClientLeft: lambda event: ("ClientLeft", event.client_id, None, None, "{}"),
+    UpdateArrived: _update_arrived,
+    TaskFailed: _task_failed,
+    TimerFired: lambda event: ("TimerFired", None, None, None, "{}"),
+    EvaluationFinished: _evaluation_finished,
+    Dispatch: _dispatch,
+    Reject: _reject,
+    Publish: _publish,
+    Evaluate: lambda item: ("Evaluate", None, None, item.version, "{}"),
+    SetTimer: _set_timer,
+    Stop: _stop,
+}
