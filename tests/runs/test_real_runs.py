@@ -40,7 +40,8 @@ def test_ten_dolly_clients_all_take_part_and_the_adapter_gives_its_loss_in_plain
             # As training/encoding.py states it: the response and its end keep their place, the
             # prompt loses its left side.
             response = [*response, tokenizer.eos_token_id][:255]
-            prompt = prompt[max(0, len(prompt) + len(response) - 256) :]
+            over = max(0, len(prompt) + len(response) - 256)
+            prompt = prompt[:1] + prompt[1 + over :]
             logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
             losses = torch.nn.functional.cross_entropy(
                 logits, torch.tensor(response), reduction="sum"
@@ -53,7 +54,8 @@ def test_a_banking77_classifier_with_its_head_beats_chance_tenfold(tmp_path):
     overrides = [
         f"model.path={shared('models', 'stories260K')}",
         f"data.path={shared('data', 'banking77')}",
-        "stop.uploads=160",
+        "training.learning_rate=1e-2",
+        "stop.uploads=200",
         "evaluation.every_versions=100",
     ]
     result = alignfed.simulate("recipes/banking77.toml", tmp_path / "banking", overrides=overrides)
