@@ -56,9 +56,9 @@ def print_fleets(console: Console) -> None:
         table.add_row(name, preset.description, kinds)
     console.print(table)
     table = _table(
-        "kinds of devices: fleet.reference", "kind", "peak", "achieved", "memory", "down", "up",
-        "source",
-    )  # fmt: skip
+        "kinds of devices: fleet.reference", "kind", "peak", "achieved", "memory", "down", "up"
+    )
+    table.columns[0].no_wrap = True
     for name, kind in KINDS.items():
         device = kind.device
         table.add_row(
@@ -68,9 +68,11 @@ def print_fleets(console: Console) -> None:
             size(device.memory_bytes),
             f"{size(device.down_bytes_per_s)}/s",
             f"{size(device.up_bytes_per_s)}/s",
-            kind.source,
         )
     console.print(table)
+    console.print("where the figures come from", style="bold")
+    for name, kind in KINDS.items():
+        console.print(f"  [bold]{name}[/bold]: {kind.source}", highlight=False)
     console.print(
         "other fleets: fleet.distribution (lognormal, pareto), fleet.file (FLASH, LiveLab,"
         " FedScale), fleet.bandwidth (Pensieve), fleet.replay (a recorded run)",
@@ -97,6 +99,7 @@ def print_plan(console: Console, plan: Plan) -> None:
         "on each kind of device", "kind", "of the fleet", "memory", "fits", "a step", "a task",
         "adapter down and up",
     )  # fmt: skip
+    table.columns[0].no_wrap = True
     for tier in plan.tiers:
         task_s = None if plan.steps is None else plan.steps * tier.step_s + tier.transfer_s
         table.add_row(

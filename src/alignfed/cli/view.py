@@ -47,7 +47,7 @@ class RunView:
             f" {count(info.adapter_parameters)} trained; keeping everything in {info.directory}",
             highlight=False,
             markup=False,
-            soft_wrap=True,
+            soft_wrap=not self._console.is_terminal,
         )
         if self._console.is_terminal:
             self._live = Live(
@@ -97,10 +97,9 @@ class RunView:
     def _panel(self) -> Group | Text:
         if self._last is None:
             return Text("preparing ...", style="dim")
-        return Group(
-            ProgressBar(total=1.0, completed=self._fraction(self._last) or 0.0, width=60),
-            self._figures(self._last),
-        )
+        bar = Table.grid()  # a bare bar ends without a line break
+        bar.add_row(ProgressBar(total=1.0, completed=self._fraction(self._last) or 0.0, width=60))
+        return Group(bar, self._figures(self._last))
 
     def _figures(self, snapshot: RunSnapshot) -> Table:
         grid = Table.grid(padding=(0, 2))

@@ -4,8 +4,8 @@ Peak FLOP/s are fp32 on CPU cores (cores x clock x FLOPs a cycle: 8 for a Cortex
 with one 128-bit fused multiply-add a cycle, 16 with two as in A76, A78 and A720, 32 with four as
 in X4; Arm's software optimisation guides) and bf16 with sparsity off on GPUs (vendors' data
 sheets). Efficiency on silos is the 46 % that Chowdhery et al. 2022 (arXiv 2204.02311, table 3)
-measured for PaLM, rounded down; on other devices no public measurement of LoRA fine-tuning exists,
-so 20 % is an assumption: state your own with ``fleet.efficiency``.
+measured for PaLM, rounded down; for LoRA fine-tuning on the other devices we found no public
+measurement, so 20 % is an assumption: state your own with ``fleet.efficiency``.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ KINDS: Mapping[str, Kind] = {
         ),
         _kind(
             "phone-high",
-            389,
+            392,
             0.2,
             12 * _LAPTOP_MEMORY,
             7.3,

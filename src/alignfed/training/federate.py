@@ -44,6 +44,12 @@ def load_data(
     """
     folder = Path(data.path).expanduser()
     if deal.kind == "files":
+        if data.path and not folder.exists():
+            raise DataError(
+                f"data.path {data.path!r} does not exist; name the folder that holds one file a"
+                " client",
+                path=data.path,
+            )
         if not folder.is_dir() or data.clients is None:
             raise DataError(
                 f"partition kind 'files' needs a folder in data.path (it is {data.path!r}) and a"
