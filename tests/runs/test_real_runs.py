@@ -54,8 +54,6 @@ def test_a_banking77_classifier_with_its_head_beats_chance_tenfold(tmp_path):
     overrides = [
         f"model.path={shared('models', 'stories260K')}",
         f"data.path={shared('data', 'banking77')}",
-        "training.learning_rate=1e-2",
-        "stop.uploads=300",
         "evaluation.every_versions=100",
     ]
     result = alignfed.simulate("recipes/banking77.toml", tmp_path / "banking", overrides=overrides)
