@@ -46,6 +46,7 @@ from alignfed.simulation.traces import (
     pensieve_conditions,
 )
 from alignfed.training.calibration import CalibrationBatch
+from alignfed.training.cohort import CohortTrainer
 from alignfed.training.data import DataSettings, FederatedData
 from alignfed.training.encoding import Encoder
 from alignfed.training.evaluate import EvaluationSettings, HeldOutEvaluator
@@ -116,7 +117,7 @@ def build_simulation(recipe: Recipe) -> Simulation:
     fleet = build_fleet(recipe.fleet, len(data.clients), recipe.seed)
     initial = base.initial_adapter()
     refuse_too_small(fleet.devices, training_memory(_training_shape(recipe, base)))
-    trainer = LocalTrainer(base, encoder, data.clients, _local_settings(recipe), recipe.seed)
+    trainer = _trainer(recipe, base, encoder, data)
     scoring = recipe.evaluation
     evaluator = HeldOutEvaluator(
         base,
@@ -145,6 +146,7 @@ def build_simulation(recipe: Recipe) -> Simulation:
         server=ServerProfile(recipe.server.memory_bytes_per_s, recipe.server.flops_per_s),
         clients=tuple(data.clients),
         evaluate=evaluate,
+        cohort_size=recipe.training.cohort_size,
         calibration_flops_per_token=base.forward_flops_per_token(initial),
     )
     return Simulation(recipe, data, base, evaluator, fleet, parts)
@@ -335,6 +337,15 @@ def _lora_settings(recipe: Recipe) -> LoraSettings:
         warm_start=section.warm_start,
         modules_to_save=section.modules_to_save,
     )
+
+
+def _trainer(
+    recipe: Recipe, base: BaseModel, encoder: Encoder, data: FederatedData
+) -> ClientTrainer:
+    settings, width = _local_settings(recipe), recipe.training.cohort_size
+    if width == 1:
+        return LocalTrainer(base, encoder, data.clients, settings, recipe.seed)
+    return CohortTrainer(base, encoder, data.clients, settings, recipe.seed, width=width)
 
 
 def _local_settings(recipe: Recipe) -> LocalSettings:

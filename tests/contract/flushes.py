@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from alignfed.core.adapter import Adapter, difference, linear_combination, norm
-from alignfed.core.ports import BufferedUpdate, Calibrator, Flush, LoraRule
+from alignfed.core.ports import (
+    AggregationRule,
+    BufferedUpdate,
+    Calibrator,
+    Flush,
+    LoraRule,
+    Step,
+)
 from alignfed.core.update import Update
 from tests.core.adapters import make_adapter, moved
 
@@ -38,6 +46,61 @@ class DistanceCalibrator:
         return found
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """An accepted upload on its way into a rule."""
+
+    update: Update
+    base: Adapter
+    norm: float
+    uploads: int
+    staleness: int = 0
+
+    def entry(self) -> BufferedUpdate:
+        """What stays in the buffer."""
+        update = self.update
+        return BufferedUpdate(
+            task_id=update.task_id,
+            client_id=update.client_id,
+            base_version=update.base_version,
+            num_examples=update.num_examples,
+            norm=self.norm,
+            uploads=self.uploads,
+            staleness=self.staleness,
+            size_bytes=update.adapter.size_bytes + self.base.size_bytes,
+        )
+
+
+@dataclass(frozen=True)
+class Given:
+    """A flush to be, with the uploads that lead to it."""
+
+    version: int
+    adapter: Adapter
+    updates: tuple[Arrival, ...]
+    mean_uploads: float
+    clients: int
+    lora: LoraRule
+    calibrator: Calibrator | None = None
+
+
+def aggregate(rule: AggregationRule, state: Any, given: Given) -> tuple[Any, Step]:
+    """Let every upload arrive, then flush, as the coordinator does."""
+    entries, gathered = [arrival.entry() for arrival in given.updates], None
+    for known, arrival in zip(entries, given.updates, strict=True):
+        gathered = rule.receive(gathered, known, arrival.update.adapter, arrival.base, given.lora)
+    flush = Flush(
+        given.version,
+        given.adapter,
+        tuple(entries),
+        given.mean_uploads,
+        given.clients,
+        given.lora,
+        given.calibrator,
+    )
+    return rule.apply(state, gathered, flush)
+
+
 def entry(
     position: int,
     update: Adapter,
@@ -46,10 +109,10 @@ def entry(
     staleness: int = 0,
     uploads: int = 1,
     num_examples: int = 8,
-) -> BufferedUpdate:
+) -> Arrival:
     """Return a buffered update of client ``position``; adapters of other ranks get norm 1."""
     same = update.layout == base.layout
-    return BufferedUpdate(
+    return Arrival(
         update=Update(position, position, VERSION - staleness, update, num_examples),
         base=base,
         norm=norm(difference(update, base)) if same else 1.0,
@@ -60,19 +123,19 @@ def entry(
 
 def flush(
     current: Adapter,
-    entries: Sequence[BufferedUpdate],
+    entries: Sequence[Arrival],
     lora: LoraRule,
     *,
     mean_uploads: float = 1.0,
     calibrator: Calibrator | None = None,
-) -> Flush:
+) -> Given:
     """Return a flush at ``VERSION``."""
-    return Flush(VERSION, current, tuple(entries), mean_uploads, 40, lora, calibrator)
+    return Given(VERSION, current, tuple(entries), mean_uploads, 40, lora, calibrator)
 
 
 def stale_flush(
     lora: LoraRule, *, dtype: torch.dtype = torch.float32, calibrated: bool = True
-) -> Flush:
+) -> Given:
     """Return five updates of three versions, one version holding three of them."""
     current = make_adapter(1, dtype=dtype)
     bases = {0: current, 2: moved(current, 2), 5: moved(current, 3)}

@@ -13,9 +13,17 @@ from alignfed.core.adapter import Adapter, LoraFactors, zeros_like
 from alignfed.core.aggregation import RULES, make_rule
 from alignfed.core.algebra import innovation, product_norm, refactor, stack
 from alignfed.core.lora import LORA_RULES, ProductSum, make_lora_rule
-from alignfed.core.ports import AggregationRule, Flush, LoraRule
+from alignfed.core.ports import AggregationRule, LoraRule
 from alignfed.errors import RuleError
-from tests.contract.flushes import VERSION, DistanceCalibrator, entry, flush, stale_flush
+from tests.contract.flushes import (
+    VERSION,
+    DistanceCalibrator,
+    Given,
+    aggregate,
+    entry,
+    flush,
+    stale_flush,
+)
 from tests.core.adapters import make_adapter, moved
 from tests.core.test_algebra import assert_same_products, products, ranked, turned
 
@@ -44,8 +52,8 @@ every_rule = pytest.mark.parametrize("case", CASES)
 every_lora = pytest.mark.parametrize("lora", LORA_RULES)
 
 
-def apply(rule: AggregationRule, given: Flush):
-    return rule.apply(rule.init(given.adapter), given)[1]
+def apply(rule: AggregationRule, given: Given):
+    return aggregate(rule, rule.init(given.adapter), given)[1]
 
 
 def without_grouping(case: str) -> AggregationRule:
@@ -125,7 +133,7 @@ def test_product_aggregates_do_not_depend_on_how_factors_are_written(case):
 # --- law 3 ------------------------------------------------------------------------------------
 
 
-def _orthogonal_flush(versions_behind: list[int], lora: LoraRule) -> Flush:
+def _orthogonal_flush(versions_behind: list[int], lora: LoraRule) -> Given:
     """Updates of equal length, each along an element of its own, all bases equal in content."""
     current = make_adapter(1)
     entries = []
@@ -169,8 +177,8 @@ def test_the_same_flush_twice_gives_the_same_bytes(case, lora):
     given = stale_flush(make_lora_rule(lora))
     before = [given.adapter.checksum, *(e.update.adapter.checksum for e in given.updates)]
     state = rule.init(given.adapter)
-    first_state, first = rule.apply(state, given)
-    second_state, second = rule.apply(state, stale_flush(make_lora_rule(lora)))
+    first_state, first = aggregate(rule, state, given)
+    second_state, second = aggregate(rule, state, stale_flush(make_lora_rule(lora)))
     assert first.adapter.checksum == second.adapter.checksum
     assert (first.weights, first.notes, first.work) == (second.weights, second.notes, second.work)
     assert first_state == second_state
@@ -332,7 +340,7 @@ def test_fedasync_computes_its_mixing_rate_afresh_every_time(lora):
     state = rule.init(current)
     seen = []
     for _ in range(5):
-        state, step = rule.apply(state, given)
+        state, step = aggregate(rule, state, given)
         seen.append(step.weights[0])
     assert seen == pytest.approx([0.6 * 4**-0.5] * 5)
 
@@ -408,7 +416,7 @@ def test_states_are_plain_values(case, lora):
     given = stale_flush(make_lora_rule(lora))
     state = rule.init(given.adapter)
     for _ in range(3):
-        state, step = rule.apply(state, given)
+        state, step = aggregate(rule, state, given)
         given = dataclasses.replace(given, adapter=step.adapter)
     assert dataclasses.is_dataclass(state)
     assert _is_plain(dataclasses.asdict(state))
@@ -434,7 +442,7 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, bool | int | float | str | torch.Tensor | Adapter)
 
 
-def _in_fp32(given: Flush) -> Flush:
+def _in_fp32(given: Given) -> Given:
     fp32 = torch.float32
     calibrator = given.calibrator
     assert isinstance(calibrator, DistanceCalibrator)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from alignfed.core.adapter import Adapter, LoraFactors, difference, norm
-from alignfed.core.ports import AggregationRule, BufferedUpdate, Flush, LoraRule
+from alignfed.core.ports import AggregationRule, LoraRule
 from alignfed.core.update import Update
+from tests.contract.flushes import Arrival, Given, aggregate
 
 IN_DIM, OUT_DIM, RANK, CLIENTS = 8, 6, 2, 12
 CURVATURE = torch.linspace(0.2, 1.0, 10)
@@ -118,14 +119,14 @@ def run(
     flight = [(1.0 + 3.1 * c / CLIENTS, c, c, 0, adapter) for c in range(CLIENTS)]
     heapq.heapify(flight)
     task_id = CLIENTS
-    buffer: list[BufferedUpdate] = []
+    buffer: list[Arrival] = []
     while version < flushes:
         time, task, client, base_version, base = heapq.heappop(flight)
         trained = train(problem, client, base, steps, rate)
         uploads[client] += 1
         update = Update(task, client, base_version, trained, 8)
         buffer.append(
-            BufferedUpdate(
+            Arrival(
                 update,
                 base,
                 norm(difference(trained, base)),
@@ -134,19 +135,15 @@ def run(
             )
         )
         if len(buffer) == (CLIENTS if rule.synchronous else buffer_size):
-            # Staleness counts to the flush, not to the arrival.
-            entries = tuple(
-                BufferedUpdate(e.update, e.base, e.norm, e.uploads, version - e.update.base_version)
-                for e in buffer
-            )
-            staleness.append(sum(e.staleness for e in entries) / len(entries))
+            staleness.append(sum(arrival.staleness for arrival in buffer) / len(buffer))
             seen = [count for count in uploads if count]
-            state, step = rule.apply(
+            state, step = aggregate(
+                rule,
                 state,
-                Flush(
+                Given(
                     version,
                     adapter,
-                    entries,
+                    tuple(buffer),
                     sum(seen) / len(seen),
                     CLIENTS,
                     lora,

@@ -9,16 +9,15 @@ import torch
 from alignfed.core.adapter import Adapter, difference, norm
 from alignfed.core.aggregation.alignfed import LEAST_TRUST, AlignFed
 from alignfed.core.lora import FactorMean, ProductSum
-from alignfed.core.ports import Flush
 from alignfed.errors import RuleError
-from tests.contract.flushes import DistanceCalibrator, entry, flush, stale_flush
+from tests.contract.flushes import DistanceCalibrator, Given, aggregate, entry, flush, stale_flush
 from tests.core.adapters import make_adapter, moved
 
 torch.set_num_threads(1)
 
 
-def apply(rule: AlignFed, given: Flush):
-    return rule.apply(rule.init(given.adapter), given)[1]
+def apply(rule: AlignFed, given: Given):
+    return aggregate(rule, rule.init(given.adapter), given)[1]
 
 
 def along(current: Adapter, position: int, length: float) -> Adapter:
@@ -72,9 +71,9 @@ def test_a_lone_loud_client_is_measured_against_those_before_it():
     state = rule.init(current)
     for position in range(4):
         given = flush(current, [entry(0, along(current, position, 1.0), current)], FactorMean())
-        state, _ = rule.apply(state, given)
+        state, _ = aggregate(rule, state, given)
     loud = flush(current, [entry(0, along(current, 5, 50.0), current)], FactorMean())
-    state, step = rule.apply(state, loud)
+    state, step = aggregate(rule, state, loud)
     assert norm(difference(step.adapter, current)) <= 2.0 + 1e-4
     assert max(state.norms) <= 2.0 + 1e-6
 
@@ -85,7 +84,7 @@ def test_a_harmful_flush_is_shortened_and_recorded():
     entries = [entry(0, along(current, 0, 7.0), current)]
     given = flush(current, entries, FactorMean(), calibrator=DistanceCalibrator(goal))
     rule = AlignFed()
-    state, step = rule.apply(rule.init(current), given)
+    state, step = aggregate(rule, rule.init(current), given)
     assert step.notes["step_scale"] == 0.25
     assert step.notes["backtracks"] == 2.0
     assert step.weights == (0.25,)
@@ -110,7 +109,7 @@ def test_a_flush_that_can_only_harm_leaves_the_model_as_it_is():
     rule = AlignFed(harm_tolerance=0.0)
     state = rule.init(current)
     for _ in range(4):
-        state, step = rule.apply(state, given)
+        state, step = aggregate(rule, state, given)
         assert step.adapter.checksum == current.checksum
         assert step.weights == (0.0,)
         assert step.notes["step_scale"] == 0.0
@@ -129,7 +128,7 @@ def test_a_guard_without_halvings_still_learns_to_take_shorter_steps():
     state = rule.init(current)
     scales = []
     for _ in range(3):
-        state, step = rule.apply(state, given)
+        state, step = aggregate(rule, state, given)
         scales.append(step.notes["step_scale"])
     assert scales == [0.0, 0.0, 0.25]
 
@@ -139,8 +138,8 @@ def test_a_loss_that_is_not_finite_is_neither_noted_nor_remembered():
     entries = [entry(0, moved(current, 2), current)]
     lost = DistanceCalibrator(along(current, 0, math.nan))
     rule = AlignFed()
-    state, step = rule.apply(
-        rule.init(current), flush(current, entries, FactorMean(), calibrator=lost)
+    state, step = aggregate(
+        rule, rule.init(current), flush(current, entries, FactorMean(), calibrator=lost)
     )
     assert step.adapter.checksum == current.checksum
     assert "calibration_loss_after" not in step.notes
@@ -151,14 +150,14 @@ def test_a_loss_that_is_not_finite_is_neither_noted_nor_remembered():
 def test_the_loss_of_the_current_version_is_measured_once_and_then_remembered():
     given = stale_flush(FactorMean())
     rule = AlignFed(harm_tolerance=1000.0)
-    state, first = rule.apply(rule.init(given.adapter), given)
+    state, first = aggregate(rule, rule.init(given.adapter), given)
     assert first.work.calibration_tokens == 2 * 40
     following = dataclasses.replace(given, version=given.version + 1, adapter=first.adapter)
-    _, second = rule.apply(state, following)
+    _, second = aggregate(rule, state, following)
     assert second.work.calibration_tokens == 1 * 40
     assert second.notes["calibration_loss_before"] == first.notes["calibration_loss_after"]
     # Were the version another one, the remembered loss would not be believed.
-    _, third = rule.apply(state, dataclasses.replace(following, version=given.version + 5))
+    _, third = aggregate(rule, state, dataclasses.replace(following, version=given.version + 5))
     assert third.work.calibration_tokens == 2 * 40
 
 
@@ -174,7 +173,7 @@ def test_trust_grows_back_while_steps_do_no_harm():
     )
     seen = []
     for version in range(14):
-        state, step = rule.apply(state, dataclasses.replace(helpful, version=version))
+        state, step = aggregate(rule, state, dataclasses.replace(helpful, version=version))
         seen.append(step.notes["step_scale"])
     assert seen == sorted(seen)
     assert seen[0] == 0.1

@@ -13,6 +13,7 @@ from alignfed.core.alignment import (
     fit_block_scales,
     rank_maps,
     replay_errors,
+    replay_grams,
 )
 from tests.core.adapters import make_adapter, moved
 from tests.core.test_algebra import turned
@@ -37,7 +38,7 @@ def assert_same(found: Adapter, expected: Adapter, tolerance: float = 1e-4) -> N
 def test_maps_between_equal_versions_are_the_identity(seed):
     base = make_adapter(seed)
     delta = difference(moved(base, seed + 1), base)
-    assert_same(apply_rank_maps(rank_maps(base, base, 0.05), delta), delta)
+    assert_same(apply_rank_maps(rank_maps(base, base, 0.05), delta)[0], delta)
 
 
 @few
@@ -48,13 +49,29 @@ def test_rank_maps_never_raise_the_first_order_replay_error(seed, ridge, drift):
     delta = difference(moved(base, seed + 2), base)
     maps = rank_maps(base, current, ridge)
     # The least-squares answer itself, before its length is bounded.
-    lora = {
-        name: LoraFactors(maps[name].left @ d.a, d.b @ maps[name].right, d.alpha)
-        for name, d in delta.lora.items()
-    }
-    answer = Adapter.pack(lora, delta.dense)
-    without, aligned = replay_errors(delta, answer, base, current)
+    without, aligned = replay_errors(replay_grams(maps, base, current), delta)
     assert aligned <= without * (1 + 1e-3) + 1e-9
+
+
+@few
+@given(seeds, st.floats(0.01, 2.0), st.floats(0.1, 1.0))
+def test_replay_errors_are_those_of_the_products_themselves(seed, drift, shortened):
+    base = make_adapter(seed)
+    current = moved(base, seed + 1, scale=drift)
+    delta = difference(moved(base, seed + 2), base)
+    maps = rank_maps(base, current, 0.05)
+    expected = [0.0, 0.0]
+    for name, raw in delta.lora.items():
+        old, new, d_b, d_a = base.lora[name], current.lora[name], raw.b, raw.a
+        moved_b, moved_a = d_b @ maps[name].right * shortened, maps[name].left @ d_a * shortened
+        gaps = [
+            (d_b @ (new.a - old.a), (new.b - old.b) @ d_a),
+            (moved_b @ new.a - d_b @ old.a, new.b @ moved_a - old.b @ d_a),
+        ]
+        for which, parts in enumerate(gaps):
+            expected[which] += raw.scale**2 * sum(float(p.square().sum()) for p in parts)
+    found = replay_errors(replay_grams(maps, base, current), delta, shortened)
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-7)
 
 
 @few
@@ -78,7 +95,7 @@ def test_factors_that_shrank_do_not_lengthen_an_update():
     base = make_adapter(1, dense=False)
     current = linear_combination([(0.1, base)])
     delta = difference(moved(base, 2), base)
-    carried = apply_rank_maps(rank_maps(base, current, 1e-4), delta)
+    carried = apply_rank_maps(rank_maps(base, current, 1e-4), delta)[0]
     assert norm(carried) == pytest.approx(norm(delta), rel=1e-4)
 
 
@@ -88,7 +105,7 @@ def test_a_carried_update_is_never_longer_than_the_update(seed, drift):
     base = make_adapter(seed)
     current = moved(base, seed + 1, scale=drift)
     delta = difference(moved(base, seed + 2), base)
-    carried = apply_rank_maps(rank_maps(base, current, 1e-4), delta)
+    carried = apply_rank_maps(rank_maps(base, current, 1e-4), delta)[0]
     assert norm(carried) <= norm(delta) * (1 + 1e-4)
     assert torch.equal(carried.dense["score.weight"], delta.dense["score.weight"])
 
@@ -98,17 +115,17 @@ def test_a_b_still_at_zero_leaves_updates_alone():
     lora = {n: LoraFactors(f.a, torch.zeros_like(f.b), f.alpha) for n, f in base.lora.items()}
     base = Adapter.pack(lora, base.dense)
     delta = difference(moved(base, 2), base)
-    assert_same(apply_rank_maps(rank_maps(base, base, 0.05), delta), delta)
+    assert_same(apply_rank_maps(rank_maps(base, base, 0.05), delta)[0], delta)
     nothing = Adapter.pack({n: LoraFactors(0 * f.a, f.b, f.alpha) for n, f in lora.items()})
     delta = Adapter.pack(delta.lora)
-    assert_same(apply_rank_maps(rank_maps(nothing, nothing, 0.05), delta), delta)
+    assert_same(apply_rank_maps(rank_maps(nothing, nothing, 0.05), delta)[0], delta)
 
 
 def test_bf16_updates_are_carried_in_fp32_and_come_back_as_bf16():
     base = make_adapter(1, dtype=torch.bfloat16)
     current = moved(base, 2)
     delta = difference(moved(base, 3), base)
-    carried = apply_rank_maps(rank_maps(base, current, 0.05), delta)
+    carried = apply_rank_maps(rank_maps(base, current, 0.05), delta)[0]
     assert carried.layout == delta.layout
 
 

@@ -205,7 +205,10 @@ class Diverging:
     def init(self, adapter):
         return None
 
-    def apply(self, state, flush):
+    def receive(self, gathered, entry, update, base, lora):
+        return None
+
+    def apply(self, state, gathered, flush):
         buffers = {d: torch.full_like(b, math.inf) for d, b in flush.adapter.buffers.items()}
         return state, Step(Adapter(flush.adapter.layout, buffers), (1.0,) * len(flush.updates))
 

@@ -97,6 +97,18 @@ def test_every_rule_learns_on_the_built_in_data(rule, tmp_path):
     assert result.summary["final_eval_loss"] < 0.9 * result.summary["base_eval_loss"]
 
 
+def test_training_tasks_together_gives_the_same_run_to_rounding(finished, tmp_path):
+    together = alignfed.simulate(
+        None, tmp_path / "together", overrides=[*SMALL, "training.cohort_size=4"]
+    )
+    with RunReader(together.directory) as reader:
+        assert max(len(cohort) for cohort in reader.cohorts()) > 1
+    assert together.summary["virtual_time_s"] == finished.summary["virtual_time_s"]
+    assert together.summary["final_eval_loss"] == pytest.approx(
+        finished.summary["final_eval_loss"], rel=1e-2
+    )
+
+
 def test_a_recorded_device_trace_is_replayed_under_another_rule(tmp_path):
     varied = [*SMALL, "fleet.variation.compute_sigma=0.5", "fleet.variation.slot_s=1.0"]
     first = alignfed.simulate(None, tmp_path / "first", overrides=[*varied, "fleet.record_s=600.0"])

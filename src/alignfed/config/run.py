@@ -17,6 +17,9 @@ class TrainingSection(Section):
         None, "Passes over the client's examples a task; or set steps.", gt=0, suggested=1.0
     )
     batch_size: int = key(8, "Examples a step.", ge=1)
+    cohort_size: int = key(
+        1, "Tasks under way that are trained in one pass; the same to rounding.", ge=1, le=1024
+    )
     learning_rate: float = key(1e-3, "AdamW's learning rate, after the warm-up.", gt=0, le=10)
     warmup_steps: int = key(0, "Steps over which the learning rate rises from 0.", ge=0)
     decay: Literal["none", "linear", "cosine"] = key(

@@ -6,10 +6,10 @@ The checks run from cheap to dear, and none trusts what the upload says of itsel
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Container
 from dataclasses import dataclass, field
-from statistics import median
 
 from alignfed.core.adapter import Adapter, AdapterLayout
 from alignfed.core.instructions import RejectReason
@@ -31,18 +31,32 @@ class NormHistory:
     Attributes:
         max_ratio: largest accepted multiple of the median.
         min_count: accepted norms needed before any upload is judged.
-        recent: the last norms.
+        recent: the last norms, as they came.
+        ordered: the same, from small to large.
     """
 
     max_ratio: float
     min_count: int = 8
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=64))
+    ordered: list[float] = field(default_factory=list)
+
+    def add(self, norm: float) -> None:
+        """Remember the norm of an accepted update; the oldest is forgotten."""
+        recent, ordered = self.recent, self.ordered
+        if len(recent) == recent.maxlen:
+            del ordered[bisect_left(ordered, recent[0])]
+        recent.append(norm)
+        insort(ordered, norm)
 
     def limit(self) -> float:
         """Return the largest norm that is accepted now (infinity: too few seen to judge)."""
-        if len(self.recent) < self.min_count:
+        ordered = self.ordered
+        count = len(ordered)
+        if count < self.min_count:
             return math.inf
-        return self.max_ratio * median(self.recent)
+        half = count // 2
+        middle = ordered[half] if count % 2 else (ordered[half - 1] + ordered[half]) / 2
+        return self.max_ratio * middle
 
 
 def check_origin(
@@ -98,8 +112,8 @@ def check_origin(
     return None
 
 
-def check_content(update: Update, expected: AdapterLayout) -> Rejection | None:
-    """Check an upload's numbers: names, shapes, dtypes, finiteness, number of examples."""
+def check_shape(update: Update, expected: AdapterLayout) -> Rejection | None:
+    """Check what an upload holds before its numbers are read: names, shapes, dtypes, examples."""
     if (rejection := _check_layout(update.adapter, expected)) is not None:
         return rejection
     if not _is_count(update.num_examples):
@@ -107,16 +121,23 @@ def check_content(update: Update, expected: AdapterLayout) -> Rejection | None:
             RejectReason.NO_EXAMPLES,
             f"num_examples={update.num_examples!r}, must be a whole number of at least 1",
         )
-    if not update.adapter.is_finite():
+    return None
+
+
+def check_numbers(update: Update, update_norm: float, history: NormHistory) -> Rejection | None:
+    """Check that all numbers are finite, and the innovation's norm against those before it.
+
+    Args:
+        update: an upload of the right shape.
+        update_norm: its distance from its base; finite only if every element is.
+        history: norms accepted lately.
+    """
+    # A finite adapter may be too far away to be squared: only then are its elements looked at.
+    if not math.isfinite(update_norm) and not update.adapter.is_finite():
         return Rejection(RejectReason.NOT_FINITE, "the adapter holds NaN or infinite elements")
     for name, value in update.metrics.items():
         if not isinstance(value, int | float) or not math.isfinite(value):
             return Rejection(RejectReason.NOT_FINITE, f"metric {name!r} is {value!r}")
-    return None
-
-
-def check_norm(update_norm: float, history: NormHistory) -> Rejection | None:
-    """Check an innovation's norm against those accepted lately."""
     limit = history.limit()
     if math.isfinite(update_norm) and update_norm <= limit:
         return None

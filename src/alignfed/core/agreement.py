@@ -14,21 +14,49 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from alignfed.core.adapter import Adapter, require_same_layout
+from alignfed.core.adapter import Adapter, pieces, require_same_layout
+
+GRAM_PIECE = 1 << 14
+"""Elements of every update that are compared at a time."""
 
 
-def factor_gram(deltas: Sequence[Adapter]) -> Tensor:
+def factor_gram(
+    updates: Sequence[Adapter], bases: Sequence[Adapter | None] | None = None
+) -> Tensor:
     """Return the inner products of all pairs over factors' elements, ``(K, K)``, fp64.
+
+    Taken piece by piece: the differences of one piece of all updates fit in cache, and none is
+    ever formed whole. Inner products are exact to fp32 within a piece, and summed in fp64.
+
+    Args:
+        updates: adapters of one layout.
+        bases: what to subtract from each; None, for one or for all, is nothing.
 
     Raises:
         AdapterError: the layouts differ.
     """
-    for delta in deltas[1:]:
-        require_same_layout(deltas[0], delta)
-    gram = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
-    for dtype in deltas[0].buffers:
-        rows = torch.stack([delta.buffers[dtype].float() for delta in deltas])
-        gram += (rows @ rows.T).double().cpu()
+    first, origins = updates[0], bases or [None] * len(updates)
+    for adapter in (*updates[1:], *origins):
+        if adapter is not None:
+            require_same_layout(first, adapter)
+    gram = torch.zeros(len(updates), len(updates), dtype=torch.float64)
+    for dtype, buffer in first.buffers.items():
+        count = min(GRAM_PIECE, buffer.numel())
+        rows = torch.empty(len(updates), count, dtype=torch.float32, device=buffer.device)
+        added = [pieces(adapter.buffers[dtype], GRAM_PIECE) for adapter in updates]
+        taken = [
+            None if base is None else pieces(base.buffers[dtype], GRAM_PIECE) for base in origins
+        ]
+        for number, piece in enumerate(added[0]):
+            part = rows[:, : piece.numel()]
+            for row, new, old in zip(part.unbind(), added, taken, strict=True):
+                if old is None:
+                    row.copy_(new[number])
+                elif dtype is torch.float32:
+                    torch.sub(new[number], old[number], out=row)
+                else:
+                    row.copy_(new[number]).sub_(old[number])
+            gram += (part @ part.T).double().cpu()
     return gram
 
 

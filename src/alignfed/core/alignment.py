@@ -79,40 +79,96 @@ def rank_maps(base: Adapter, current: Adapter, ridge: float) -> Mapping[str, Ran
     return maps
 
 
-def apply_rank_maps(maps: Mapping[str, RankMap], delta: Adapter) -> Adapter:
-    """Return an update's ``delta`` carried to the current version; dense tensors pass unchanged.
+def apply_rank_maps(maps: Mapping[str, RankMap], delta: Adapter) -> tuple[Adapter, float]:
+    """Return an update's ``delta`` carried to the current version, and how much it was shortened.
 
-    The result is never longer than ``delta``: growth would come from directions in which the
-    current factors are weak, where the least-squares answer is mostly noise.
+    Dense tensors pass unchanged. The result is never longer than ``delta``: growth would come from
+    directions in which the current factors are weak, where the least-squares answer is mostly
+    noise. The LoRA part is multiplied by the number returned, at most 1, to keep it so.
     """
-    lora = {}
+    carried = Adapter(
+        delta.layout, {dtype: torch.empty_like(buffer) for dtype, buffer in delta.buffers.items()}
+    )
     for name, factors in delta.lora.items():
-        a = maps[name].left @ factors.a.float()
-        b = factors.b.float() @ maps[name].right
-        lora[name] = LoraFactors(a.to(factors.a.dtype), b.to(factors.b.dtype), factors.alpha)
-    carried = Adapter.pack(lora, delta.dense)
+        target = carried.lora[name]
+        target.a.copy_(maps[name].left @ factors.a.float())
+        target.b.copy_(factors.b.float() @ maps[name].right)
+    for name, tensor in delta.dense.items():
+        carried.dense[name].copy_(tensor)
     before, after = norm(delta), norm(carried)
     if after <= before:
-        return carried
-    return _scaled_lora(carried, delta, before, after)
+        return carried, 1.0
+    dense_square = math.fsum(float(t.float().square().sum()) for t in delta.dense.values())
+    allowed = math.sqrt(max(0.0, before**2 - dense_square))
+    shortened = allowed / math.sqrt(after**2 - dense_square)
+    for target in carried.lora.values():
+        target.a.mul_(shortened)
+        target.b.mul_(shortened)
+    return carried, shortened
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayGrams:
+    """How one module's factors moved between two versions, as inner products, fp64.
+
+    With N the current factor and D what it has moved since the base version, each of shape
+    ``(rank, rank)``, by rows for A and by columns for B.
+
+    Attributes:
+        map: left factor of the map of N, ``right`` of the module's map for A and ``left^T`` for B.
+        now: ``<N, N>``.
+        cross: ``<N, D>``.
+        moved: ``<D, D>``.
+    """
+
+    map: Tensor
+    now: Tensor
+    cross: Tensor
+    moved: Tensor
+
+    def left_over(self, shortened: float) -> Tensor:
+        """Return ``<E, E>`` of ``E = shortened * map N - (N - D)``, so that nothing cancels."""
+        turn = shortened * self.map
+        turn.diagonal().sub_(1.0)
+        mixed = turn @ self.cross
+        return turn @ self.now @ turn.T + mixed + mixed.T + self.moved
+
+
+def replay_grams(
+    maps: Mapping[str, RankMap], base: Adapter, current: Adapter
+) -> Mapping[str, tuple[ReplayGrams, ReplayGrams]]:
+    """Return what ``replay_errors`` needs of two versions, for A and B, by module."""
+    found = {}
+    for name, old in base.lora.items():
+        new = current.lora[name]
+        right, left = maps[name].right.double(), maps[name].left.double()
+        found[name] = (
+            _replay_gram(right, new.a.double(), old.a.double()),
+            _replay_gram(left.T, new.b.double().T, old.b.double().T),
+        )
+    return found
 
 
 def replay_errors(
-    delta: Adapter, carried: Adapter, base: Adapter, current: Adapter
+    grams: Mapping[str, tuple[ReplayGrams, ReplayGrams]], delta: Adapter, shortened: float = 1.0
 ) -> tuple[float, float]:
     """Return the squared first-order replay error without and with alignment.
 
     Of ``delta_B A_base`` and ``B_base delta_A`` separately, summed over both and over modules, in
-    Gram form: nothing larger than ``(2 rank) x (2 rank)`` is formed.
+    Gram form: of an update, only ``delta_B^T delta_B`` and ``delta_A delta_A^T`` are formed.
+
+    Args:
+        grams: of the update's base version and the current one.
+        delta: the update.
+        shortened: what ``apply_rank_maps`` returned beside the carried update.
     """
     without = aligned = 0.0
     for name, raw in delta.lora.items():
-        old, new, moved = base.lora[name], current.lora[name], carried.lora[name]
-        square = raw.scale**2
-        without += square * _squared_difference(raw.b, new.a, raw.b, old.a)
-        without += square * _squared_difference(new.b, raw.a, old.b, raw.a)
-        aligned += square * _squared_difference(moved.b, new.a, raw.b, old.a)
-        aligned += square * _squared_difference(new.b, moved.a, old.b, raw.a)
+        a, b = raw.a.float(), raw.b.float()
+        for sides, square in zip(grams[name], (b.T @ b, a @ a.T), strict=True):
+            weight = square.double() * raw.scale**2
+            without += max(0.0, float((weight * sides.moved).sum()))
+            aligned += max(0.0, float((weight * sides.left_over(shortened)).sum()))
     return without, aligned
 
 
@@ -260,24 +316,9 @@ def _damped_solve(gram: Tensor, cross: Tensor, floor: Tensor) -> Tensor:
     return solved
 
 
-def _squared_difference(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> float:
-    """Return ``|b1 a1 - b2 a2|^2`` as ``|(b1 - b2) a1 + b2 (a1 - a2)|^2``: nothing cancels."""
-    b1, a1, b2, a2 = b1.double(), a1.double(), b2.double(), a2.double()
-    b = torch.cat([b1 - b2, b2], dim=1)
-    a = torch.cat([a1, a1 - a2])
-    return max(0.0, float(((b.T @ b) * (a @ a.T)).sum()))
-
-
-def _scaled_lora(carried: Adapter, delta: Adapter, before: float, after: float) -> Adapter:
-    """Shorten the LoRA part of ``carried`` until the whole is ``before`` long."""
-    dense_square = math.fsum(float(t.float().square().sum()) for t in delta.dense.values())
-    allowed = math.sqrt(max(0.0, before**2 - dense_square))
-    factor = allowed / math.sqrt(after**2 - dense_square)
-    lora = {
-        name: LoraFactors(factors.a * factor, factors.b * factor, factors.alpha)
-        for name, factors in carried.lora.items()
-    }
-    return Adapter.pack(lora, carried.dense)
+def _replay_gram(turn: Tensor, new: Tensor, old: Tensor) -> ReplayGrams:
+    moved = new - old
+    return ReplayGrams(turn, new @ new.T, new @ moved.T, moved @ moved.T)
 
 
 def _plus_part(base: Adapter, delta: Adapter, part: str) -> Adapter:

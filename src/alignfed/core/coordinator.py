@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from alignfed.core import admission, tasks
-from alignfed.core.adapter import Adapter, difference, norm
+from alignfed.core.adapter import Adapter, distance
 from alignfed.core.events import (
     ClientJoined,
     ClientLeft,
@@ -120,20 +120,20 @@ class Coordinator:
         update = event.update
         task = state.tasks.get(update.task_id)
         snapshot = state.snapshots.get(update.base_version)
-        rejection, update_norm = self._judge(state, update, task, snapshot)
+        rejection, adapter, update_norm = self._judge(state, update, task, snapshot)
+        settings, now_s = self.settings, event.time_s
         if task is not None and task.client_id == update.client_id:
             state.received += 1
-            failed = rejection is not None
-            tasks.end_task(state, self.settings, task, event.time_s, failed=failed)
+            tasks.end_task(state, settings, task, now_s, failed=rejection is not None)
         if rejection is not None:
             state.rejections[rejection.reason] += 1
             out.append(Reject(update.task_id, update.client_id, rejection.reason, rejection.detail))
         elif snapshot is not None:
-            self._buffer(state, update, snapshot.adapter, update_norm, event.time_s)
+            self._buffer(state, update, adapter, snapshot.adapter, update_norm, now_s)
         if state.stopped is None:
-            self._flush_if_complete(state, event.time_s, out)
-        if state.stopped is None and state.received >= self.settings.stop.max_uploads:
-            self._stop(state, event.time_s, StopReason.MAX_UPLOADS, out)
+            self._flush_if_complete(state, now_s, out)
+            if state.stopped is None and state.received >= settings.stop.max_uploads:
+                self._stop(state, now_s, StopReason.MAX_UPLOADS, out)
 
     def _on_task_failed(
         self, state: CoordinatorState, event: TaskFailed, out: list[Instruction]
@@ -181,13 +181,16 @@ class Coordinator:
             self._end(state, StopReason.PATIENCE, out)
 
     def _give_work(self, state: CoordinatorState, now_s: float, out: list[Instruction]) -> None:
-        if self.rule.synchronous and (state.tasks or state.buffer):
+        settings, synchronous = self.settings, self.rule.synchronous
+        if synchronous and (state.tasks or state.buffer):
             return
         given = len(out)
-        while (instruction := tasks.dispatch(state, self.settings, now_s)) is not None:
-            out.append(instruction)
-        if self.rule.synchronous and len(out) > given:
-            state.flush_due_s = now_s + self.settings.flush_timeout_s
+        while state.idle and len(state.tasks) < settings.concurrency:
+            instruction = tasks.dispatch(state, settings, now_s)
+            if instruction is not None:
+                out.append(instruction)
+        if synchronous and len(out) > given:
+            state.flush_due_s = now_s + settings.flush_timeout_s
 
     # --- uploads and versions -------------------------------------------------------------
 
@@ -197,42 +200,65 @@ class Coordinator:
         update: Update,
         task: Task | None,
         snapshot: Snapshot | None,
-    ) -> tuple[admission.Rejection | None, float]:
+    ) -> tuple[admission.Rejection | None, Adapter, float]:
+        adapter = update.adapter
         if state.stopped is not None:
-            return (
-                admission.Rejection(RejectReason.RUN_STOPPED, f"the run ended: {state.stopped}"),
-                0.0,
+            over = admission.Rejection(RejectReason.RUN_STOPPED, f"the run ended: {state.stopped}")
+            return over, adapter, 0.0
+        if (
+            task is None
+            or snapshot is None
+            or task.client_id != update.client_id
+            or task.base_version != update.base_version
+        ):
+            # A task in flight has a client that joined and a version that is held.
+            rejection = admission.check_origin(
+                update,
+                known_client=update.client_id in state.clients,
+                in_flight=task,
+                expired=state.expired,
+                next_task_id=state.next_task_id,
+                server_version=state.version,
+                versions=state.snapshots,
             )
-        rejection = admission.check_origin(
-            update,
-            known_client=update.client_id in state.clients,
-            in_flight=task,
-            expired=state.expired,
-            next_task_id=state.next_task_id,
-            server_version=state.version,
-            versions=state.snapshots,
-        ) or admission.check_content(update, state.adapter.layout)
-        if rejection is not None or snapshot is None:
-            return rejection, 0.0
-        update_norm = norm(difference(update.adapter, snapshot.adapter))
-        return admission.check_norm(update_norm, state.norms), update_norm
+            return rejection, adapter, 0.0
+        rejection = admission.check_shape(update, state.adapter.layout)
+        if rejection is not None:
+            return rejection, adapter, 0.0
+        adapter = _with_layout(adapter, snapshot.adapter)
+        update_norm = distance(adapter, snapshot.adapter)
+        return admission.check_numbers(update, update_norm, state.norms), adapter, update_norm
 
     def _buffer(
         self,
         state: CoordinatorState,
         update: Update,
+        adapter: Adapter,
         base: Adapter,
         update_norm: float,
         now_s: float,
     ) -> None:
+        rule = self.rule
         record = state.clients[update.client_id]
         record.uploads += 1
         state.accepted += 1
-        state.participants += record.uploads == 1
-        state.norms.recent.append(update_norm)
-        if not state.buffer and not self.rule.synchronous:
+        if record.uploads == 1:
+            state.participants += 1
+        state.norms.add(update_norm)
+        if not state.buffer and not rule.synchronous:
             state.flush_due_s = now_s + self.settings.flush_timeout_s
-        state.buffer.append(BufferedUpdate(update, base, update_norm, record.uploads))
+        entry = BufferedUpdate(
+            update.task_id,
+            update.client_id,
+            update.base_version,
+            update.num_examples,
+            update_norm,
+            record.uploads,
+            state.version - update.base_version,
+            adapter.layout.size_bytes + base.layout.size_bytes,
+        )
+        state.buffer.append(entry)
+        state.gathered = rule.receive(state.gathered, entry, adapter, base, self.lora)
 
     def _flush_if_complete(
         self, state: CoordinatorState, now_s: float, out: list[Instruction]
@@ -253,10 +279,7 @@ class Coordinator:
         state.flush_due_s = math.inf
         if not state.buffer:
             return
-        updates = tuple(
-            replace(entry, staleness=state.version - entry.update.base_version)
-            for entry in state.buffer
-        )
+        updates = tuple(state.buffer)
         flush = Flush(
             version=state.version,
             adapter=state.adapter,
@@ -266,7 +289,8 @@ class Coordinator:
             lora=self.lora,
             calibrator=self.calibrator,
         )
-        rule_state, step = self.rule.apply(state.rule_state, flush)
+        gathered, state.gathered = state.gathered, None
+        rule_state, step = self.rule.apply(state.rule_state, gathered, flush)
         if step.adapter.is_finite():
             state.rule_state = rule_state
         else:
@@ -287,21 +311,24 @@ class Coordinator:
     ) -> None:
         if state.snapshots[state.version].references == 0:
             del state.snapshots[state.version]
+        adapter = step.adapter
+        if adapter.layout == state.adapter.layout:
+            adapter = _with_layout(adapter, state.adapter)
         state.version += 1
-        state.adapter = step.adapter
-        state.snapshots[state.version] = Snapshot(step.adapter)
+        state.adapter = adapter
+        state.snapshots[state.version] = Snapshot(adapter)
         applied = tuple(
             AppliedUpload(
-                task_id=entry.update.task_id,
-                client_id=entry.update.client_id,
-                base_version=entry.update.base_version,
-                staleness=entry.staleness,
-                weight=weight,
-                norm=entry.norm,
+                entry.task_id,
+                entry.client_id,
+                entry.base_version,
+                entry.staleness,
+                weight,
+                entry.norm,
             )
             for entry, weight in zip(updates, step.weights, strict=True)
         )
-        out.append(Publish(state.version, step.adapter, applied, step.notes, step.work))
+        out.append(Publish(state.version, adapter, applied, step.notes, step.work))
 
     # --- evaluation, timers, the end ------------------------------------------------------
 
@@ -328,6 +355,11 @@ class Coordinator:
     def _end(self, state: CoordinatorState, reason: StopReason, out: list[Instruction]) -> None:
         state.stopped = reason
         out.append(Stop(reason, state.version))
+
+
+def _with_layout(adapter: Adapter, like: Adapter) -> Adapter:
+    """Return an adapter of equal layout with the very same one, so that nobody compares again."""
+    return adapter if adapter.layout is like.layout else Adapter(like.layout, adapter.buffers)
 
 
 def _refused(step: Step, adapter: Adapter) -> Step:

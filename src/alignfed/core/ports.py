@@ -11,7 +11,7 @@ from torch import Tensor
 from alignfed.core.adapter import Adapter
 from alignfed.core.events import Event
 from alignfed.core.instructions import Instruction, ServerWork
-from alignfed.core.update import Task, Update
+from alignfed.core.update import Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,21 +106,28 @@ class Calibrator(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BufferedUpdate:
-    """An accepted upload waiting for its flush.
+    """An accepted upload waiting for its flush, without its adapter: a rule keeps what it needs.
 
     Attributes:
-        update: the upload.
-        base: the adapter its client started from.
-        norm: Euclidean norm of ``update.adapter - base``, factor by factor.
+        task_id: the task it answers.
+        client_id: who sent it.
+        base_version: the server version its client started from.
+        num_examples: training examples it was computed from.
+        norm: Euclidean norm of ``adapter - base``, factor by factor.
         uploads: this client's accepted uploads so far, this one included.
-        staleness: server versions passed since its base; set when the flush begins.
+        staleness: server versions passed since its base. Only a flush makes a version, so what
+            holds at the arrival holds at the flush.
+        size_bytes: bytes of the adapter and its base.
     """
 
-    update: Update
-    base: Adapter
+    task_id: int
+    client_id: int
+    base_version: int
+    num_examples: int
     norm: float
     uploads: int
-    staleness: int = 0
+    staleness: int
+    size_bytes: int
 
 
 class LoraRule(Protocol):
@@ -137,6 +144,27 @@ class LoraRule(Protocol):
         """
         ...
 
+    def add(
+        self, total: Any, coefficient: float, update: Adapter, base: Adapter, base_version: int
+    ) -> Any:
+        """Return ``total`` with ``coefficient * (update - base)`` added, for ``move`` to use.
+
+        A rule whose sums are separable adds at once and forgets the update.
+
+        Args:
+            total: what this returned for the update before, changed in place and not to be used
+                again; None begins a sum.
+            coefficient: the weight, up to a factor common to all.
+            update: a client's adapter.
+            base: where it started.
+            base_version: names the base: equal numbers within a sum mean equal adapters.
+        """
+        ...
+
+    def move(self, current: Adapter, total: Any, scale: float) -> Adapter:
+        """Return ``current + scale * total``; a total of None is zero. It uses the total up."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Flush:
@@ -145,7 +173,7 @@ class Flush:
     Attributes:
         version: the current server version (the result becomes ``version + 1``).
         adapter: its adapter.
-        updates: the buffered updates with their staleness, in order of arrival.
+        updates: what is known of the buffered updates, in order of arrival.
         mean_uploads: accepted uploads per client, averaged over the clients seen so far.
         clients: number of clients that have ever joined.
         lora: how factors combine.
@@ -179,7 +207,12 @@ class Step:
 
 
 class AggregationRule(Protocol):
-    """A pair of pure functions, state in and state out."""
+    """Three functions without a memory of their own: state in, state out.
+
+    ``state`` lives from flush to flush. What is gathered lives from one flush to the next and
+    holds the buffered adapters, or their sum, in whatever form the rule wants them; both are
+    checkpointed, so they are made of dataclasses, containers, adapters, tensors and numbers.
+    """
 
     name: str
     synchronous: bool
@@ -188,8 +221,23 @@ class AggregationRule(Protocol):
         """Return the rule's state before the first flush (a dataclass of adapters and numbers)."""
         ...
 
-    def apply(self, state: Any, flush: Flush) -> tuple[Any, Step]:
-        """Return the next state and the server step."""
+    def receive(
+        self, gathered: Any, entry: BufferedUpdate, update: Adapter, base: Adapter, lora: LoraRule
+    ) -> Any:
+        """Take one accepted upload in as it arrives; return what is gathered so far.
+
+        Args:
+            gathered: what this returned for the upload before, which may be changed in place; None
+                at the first upload after a flush.
+            entry: what is known of the upload.
+            update: its adapter.
+            base: the adapter of its base version.
+            lora: how factors combine.
+        """
+        ...
+
+    def apply(self, state: Any, gathered: Any, flush: Flush) -> tuple[Any, Step]:
+        """Return the next state and the server step; what was gathered is used up."""
         ...
 
 

@@ -133,6 +133,7 @@ class CoordinatorState:
         deadlines: ``(deadline_s, task_id)`` in order of dispatch.
         snapshots: adapters by version, held while current or while a task in flight needs them.
         buffer: accepted uploads not yet applied.
+        gathered: what the rule keeps of their adapters (None: the buffer is empty).
         rejections: refused uploads by reason.
         next_task_id: first id not yet given out.
         received: answers to given tasks, accepted or refused.
@@ -159,6 +160,7 @@ class CoordinatorState:
     deadlines: deque[tuple[float, int]] = field(default_factory=deque)
     snapshots: dict[int, Snapshot] = field(default_factory=dict)
     buffer: list[BufferedUpdate] = field(default_factory=list)
+    gathered: Any = None
     rejections: Counter[str] = field(default_factory=Counter)
     next_task_id: int = 0
     received: int = 0

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from alignfed.core import adapter, admission, events, instructions, ports, state, update
 from alignfed.core.adapter import Adapter
+from alignfed.core.aggregation import held
+from alignfed.core.lora import factor, product
 from alignfed.errors import JournalError
 from alignfed.journal.decoder import Decoder
 from alignfed.journal.encoder import Encoder, field_names
@@ -51,6 +53,9 @@ CORE_CLASSES: tuple[type, ...] = (
     ports.TrainingResult,
     ports.Evaluation,
     ports.BufferedUpdate,
+    held.HeldUpdates,
+    factor.FactorSum,
+    product.ProductTerms,
     state.ClientRecord,
     state.Snapshot,
     state.CoordinatorState,

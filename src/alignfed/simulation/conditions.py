@@ -17,6 +17,11 @@ from alignfed.simulation.draws import exponential, normal, stream_key, uniform
 class Conditions(Protocol):
     """The state of every device at every virtual time."""
 
+    @property
+    def steady(self) -> bool:
+        """Whether every factor is 1 and every device available, for ever, and nothing fails."""
+        ...
+
     def compute_factor(self, device_id: int, time_s: float) -> float:
         """Return by how much computing takes longer than the device's profile says."""
         ...
@@ -87,8 +92,16 @@ class GeneratedConditions:
         self._network = stream_key(seed, "network")
         self._phase = stream_key(seed, "phase")
         self._constant = variation.compute_sigma == variation.network_sigma == 0
+        self._steady = (
+            self._constant and variation.mean_on_s == math.inf and variation.failures_per_hour == 0
+        )
         self._flips = _Renewals(stream_key(seed, "availability"))
         self._failures = _Renewals(stream_key(seed, "failure"))
+
+    @property
+    def steady(self) -> bool:
+        """See ``Conditions``."""
+        return self._steady
 
     def compute_factor(self, device_id: int, time_s: float) -> float:
         """See ``Conditions``."""

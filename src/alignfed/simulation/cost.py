@@ -32,6 +32,14 @@ class TaskCost:
 
     def __post_init__(self) -> None:
         """Refuse work that would end before it begins, or never."""
+        inf = math.inf
+        if (
+            0 <= self.tokens < inf
+            and 0 <= self.flops_per_token < inf
+            and 0 <= self.download_bytes < inf
+            and 0 <= self.upload_bytes < inf
+        ):
+            return
         for name in ("tokens", "flops_per_token", "download_bytes", "upload_bytes"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:

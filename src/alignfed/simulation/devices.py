@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from alignfed.errors import FleetError
 
@@ -78,9 +80,12 @@ class DeviceTable(Sequence[Device]):
         self._columns = {
             name: np.array([getattr(device, name) for device in every]) for name in _COLUMNS
         }
-        self.seconds_per_flop = 1.0 / (self._columns["flops_per_s"] * self._columns["efficiency"])
-        self.seconds_per_byte_down = 1.0 / self._columns["down_bytes_per_s"]
-        self.seconds_per_byte_up = 1.0 / self._columns["up_bytes_per_s"]
+        columns = self._columns
+        # Python's arrays give out floats; looking a single element up in a NumPy column makes an
+        # object first, and these are looked up for every task.
+        self.seconds_per_flop = _doubles(1.0 / (columns["flops_per_s"] * columns["efficiency"]))
+        self.seconds_per_byte_down = _doubles(1.0 / columns["down_bytes_per_s"])
+        self.seconds_per_byte_up = _doubles(1.0 / columns["up_bytes_per_s"])
 
     def __len__(self) -> int:
         """Return the number of devices."""
@@ -98,3 +103,7 @@ class DeviceTable(Sequence[Device]):
     def too_small(self, needed_bytes: float) -> list[int]:
         """Return the ids of devices with less memory than needed."""
         return [int(i) for i in np.flatnonzero(self._columns["memory_bytes"] < needed_bytes)]
+
+
+def _doubles(column: NDArray[np.float64]) -> array[float]:
+    return array("d", column.tobytes())

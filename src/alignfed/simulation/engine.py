@@ -210,8 +210,7 @@ class Engine:
             return not self.finished
         if not len(self._clock):
             return False
-        time_s, event = self._clock.pop()
-        self._state.now_s = time_s
+        self._state.now_s, event = self._clock.pop()
         match event:
             case UploadDue():
                 self._on_upload_due(event)
@@ -221,7 +220,7 @@ class Engine:
                 self._on_availability_changed(event)
             case TimerFired():
                 self._handle(TimerFired(self._server_time()))
-        return not self.finished
+        return self._state.coordinator.stopped is None or not self.finished
 
     # --- what happens on the clock --------------------------------------------------------
 
@@ -235,7 +234,8 @@ class Engine:
         self._handle(RunStarted(0.0))
 
     def _on_upload_due(self, due: UploadDue) -> None:
-        running = self._state.running.get(due.task_id)
+        state = self._state
+        running = state.running.get(due.task_id)
         if running is None:
             return
         if running.result is None:
@@ -244,8 +244,8 @@ class Engine:
         assert result is not None
         task = running.task
         self._release(running)
-        self._state.uploaded_bytes += result.adapter.size_bytes
-        self._state.trained_tokens += running.tokens
+        state.uploaded_bytes += result.adapter.layout.size_bytes
+        state.trained_tokens += running.tokens
         update = Update(
             task.task_id,
             task.client_id,
@@ -286,13 +286,12 @@ class Engine:
         return max(self._state.now_s, self._state.server_free_s)
 
     def _handle(self, event: Event) -> None:
-        self._to_handle.append(event)
-        coordinator, journal = self._parts.coordinator, self._parts.journal
-        while self._to_handle:
-            event = self._to_handle.popleft()
-            self._state.coordinator, instructions = coordinator.handle(
-                self._state.coordinator, event
-            )
+        waiting, state, parts = self._to_handle, self._state, self._parts
+        handle, journal = parts.coordinator.handle, parts.journal
+        waiting.append(event)
+        while waiting:
+            event = waiting.popleft()
+            state.coordinator, instructions = handle(state.coordinator, event)
             if journal is not None:
                 journal.record(event, instructions)
             for instruction in instructions:
@@ -327,12 +326,13 @@ class Engine:
         )
 
     def _start(self, dispatch: Dispatch, start_s: float) -> None:
-        state, task = self._state, dispatch.task
-        self._abandon(task.client_id)
-        work = self._parts.trainer.work(task)
-        size_bytes = dispatch.adapter.size_bytes
+        state, parts, task = self._state, self._parts, dispatch.task
+        if task.client_id in state.on_device:
+            self._abandon(task.client_id)
+        work = parts.trainer.work(task)
+        size_bytes = dispatch.adapter.layout.size_bytes
         cost = TaskCost(work.tokens, work.flops_per_token, size_bytes, size_bytes)
-        times = self._parts.fleet.task_times(task.client_id, start_s, cost)
+        times = parts.fleet.task_times(task.client_id, start_s, cost)
         state.downloaded_bytes += size_bytes
         state.on_device[task.client_id] = task.task_id
         if times.lost_at_s is None:
@@ -347,20 +347,21 @@ class Engine:
 
     def _abandon(self, device_id: int) -> None:
         """A device that is given new work drops what the server no longer waits for."""
-        task_id = self._state.on_device.get(device_id)
-        if task_id is not None:
-            self._release(self._state.running[task_id])
-            self._state.lost_tasks += 1
+        self._release(self._state.running[self._state.on_device[device_id]])
+        self._state.lost_tasks += 1
 
     def _release(self, running: RunningTask) -> None:
-        del self._state.running[running.task.task_id]
-        del self._state.on_device[running.task.client_id]
+        state, task = self._state, running.task
+        del state.running[task.task_id]
+        del state.on_device[task.client_id]
 
     # --- lookahead ------------------------------------------------------------------------
 
     def _compute(self, needed: RunningTask) -> None:
         """Compute the result needed now, and with it others that will be needed."""
-        cohort = [needed, *self._worth_computing(needed)]
+        cohort = [needed]
+        if self._parts.cohort_size > 1:
+            cohort += self._worth_computing(needed)
         jobs = [TrainingJob(running.task, running.adapter) for running in cohort]
         results = self._parts.trainer.train(jobs)
         for running, result in zip(cohort, results, strict=True):

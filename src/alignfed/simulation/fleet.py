@@ -61,10 +61,14 @@ class Fleet:
                 device_id=device_id,
                 devices=len(table),
             )
+        download_s = cost.download_bytes * table.seconds_per_byte_down[device_id]
+        compute_s = cost.tokens * cost.flops_per_token * table.seconds_per_flop[device_id]
+        upload_s = cost.upload_bytes * table.seconds_per_byte_up[device_id]
+        if conditions.steady:
+            downloaded_s = start_s + download_s
+            computed_s = downloaded_s + compute_s
+            return TaskTimes(downloaded_s, computed_s, computed_s + upload_s)
         network, compute = conditions.network_factor, conditions.compute_factor
-        download_s = cost.download_bytes * float(table.seconds_per_byte_down[device_id])
-        compute_s = cost.tokens * cost.flops_per_token * float(table.seconds_per_flop[device_id])
-        upload_s = cost.upload_bytes * float(table.seconds_per_byte_up[device_id])
         downloaded_s = self._end(device_id, start_s, download_s, network)
         computed_s = self._end(device_id, downloaded_s, compute_s, compute)
         finished_s = self._end(device_id, computed_s, upload_s, network)

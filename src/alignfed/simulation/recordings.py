@@ -62,6 +62,11 @@ class RecordedConditions:
         self.devices = devices
         self.horizon_s = horizon_s
 
+    @property
+    def steady(self) -> bool:
+        """See ``Conditions``; a recording is always looked at."""
+        return False
+
     def compute_factor(self, device_id: int, time_s: float) -> float:
         """See ``Conditions``."""
         return self._factor(device_id, self.devices[device_id].compute, time_s)

@@ -33,18 +33,22 @@ class Scored:
     features: Tensor
 
 
-def score(base: BaseModel, batch: Batch) -> Scored:
+def score(base: BaseModel, batch: Batch, *, masked: bool = True) -> Scored:
     """Run a batch and score its targets.
 
     Args:
         base: with the adapter to be scored installed.
         batch: on the base's device.
+        masked: whether filler is hidden from attention. A causal model never looks right, where
+            the filler is, so it computes the same without, and faster.
     """
     model = base.peft_model.get_base_model()
     base.tap.select = None if base.is_classifier else AtPositions(batch.positions)
     try:
         with base.autocast():
-            output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            output = model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask if masked else None
+            )
         features = base.tap.features
     finally:
         base.tap.select = base.tap.features = None

@@ -71,6 +71,7 @@ class BaseModel:
         eos_id: token appended to every response, None for a classifier without one.
         stop_ids: tokens that end a generated text.
         lora_layers: PEFT's layers by adapter name.
+        dense_owners: the module and attribute of each tensor trained whole, by its name.
         values: every trainable element, fp32, in the order of ``layout``.
         gradients: their gradients.
         layout: names and sizes of what is installed, in fp32.
@@ -104,7 +105,7 @@ class BaseModel:
             for name, module in peft_model.named_modules()
             if isinstance(module, LoraLayer)
         }
-        self._dense_owners: dict[str, tuple[nn.Module, str]] = dict(_dense_tensors(peft_model))
+        self.dense_owners: dict[str, tuple[nn.Module, str]] = dict(_dense_tensors(peft_model))
         self.head_name = next(name for name, one in peft_model.named_modules() if one is head)
         self.tap = HeadTap()
         head.register_forward_pre_hook(self.tap)
@@ -152,7 +153,7 @@ class BaseModel:
         """
         plain = adapter.to(torch.float32)
         if plain.layout != self.layout:
-            self._require_fit(plain.layout)
+            self.require_fit(plain.layout)
             self._bind(plain.layout)
         with torch.no_grad():
             self.values.copy_(plain.buffers[torch.float32])
@@ -230,10 +231,16 @@ class BaseModel:
             down.weight = _parameter(factors.a, gradients.lora[name].a)
             up.weight = _parameter(factors.b, gradients.lora[name].b)
         for name, tensor in values.dense.items():
-            owner, attribute = self._dense_owners[name]
+            owner, attribute = self.dense_owners[name]
             setattr(owner, attribute, _parameter(tensor, gradients.dense[name]))
 
-    def _require_fit(self, layout: AdapterLayout) -> None:
+    def require_fit(self, layout: AdapterLayout) -> None:
+        """Refuse a layout that this base cannot compute with; ranks and alphas are free.
+
+        Raises:
+            ModelError: modules or dimensions that this base does not have.
+        """
+
         def rankless(one: AdapterLayout) -> AdapterLayout:
             free = tuple((name, replace(shape, rank=1, alpha=1.0)) for name, shape in one.lora)
             return AdapterLayout(free, one.dense)
@@ -257,7 +264,7 @@ class BaseModel:
         }
         dense = {
             name: getattr(owner, attribute).detach().float().cpu()
-            for name, (owner, attribute) in self._dense_owners.items()
+            for name, (owner, attribute) in self.dense_owners.items()
         }
         return lora, dense
 

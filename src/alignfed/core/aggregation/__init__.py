@@ -1,4 +1,4 @@
-"""Aggregation rules: one file a rule, one table, one contract (``init`` and ``apply``)."""
+"""Aggregation rules: one file a rule, one table, one contract: ``init``, ``receive``, ``apply``."""
 
 from __future__ import annotations
 

@@ -23,8 +23,9 @@ from statistics import median
 
 from torch import Tensor
 
-from alignfed.core.adapter import Adapter, difference
+from alignfed.core.adapter import Adapter
 from alignfed.core.aggregation import alignfed_paper
+from alignfed.core.aggregation.held import HeldUpdates, Pair, held_pairs, hold
 from alignfed.core.aggregation.settings import check_settings, choice, number, switch, whole
 from alignfed.core.aggregation.sizes import combining_bytes, comparing_bytes, require_updates
 from alignfed.core.aggregation.transport import Transport, carry
@@ -41,7 +42,7 @@ from alignfed.core.grouping import damp_deviations
 from alignfed.core.guard import guarded_step
 from alignfed.core.instructions import ServerWork
 from alignfed.core.lora import space_of
-from alignfed.core.ports import Flush, Step
+from alignfed.core.ports import BufferedUpdate, Flush, LoraRule, Step
 
 REMEMBERED_NORMS = 32
 """Lengths of past updates kept as a measure for the next ones."""
@@ -140,7 +141,20 @@ class AlignFed:
         """Return the state before the first flush."""
         return AlignFedState()
 
-    def apply(self, state: AlignFedState, flush: Flush) -> tuple[AlignFedState, Step]:
+    def receive(
+        self,
+        gathered: HeldUpdates | None,
+        entry: BufferedUpdate,
+        update: Adapter,
+        base: Adapter,
+        lora: LoraRule,
+    ) -> HeldUpdates:
+        """Keep the update until the flush."""
+        return hold(gathered, update, base)
+
+    def apply(
+        self, state: AlignFedState, gathered: HeldUpdates | None, flush: Flush
+    ) -> tuple[AlignFedState, Step]:
         """Return the next state and the server step.
 
         Raises:
@@ -152,6 +166,7 @@ class AlignFed:
         if self.variant == "paper":
             step = alignfed_paper.step(
                 flush,
+                held_pairs(gathered),
                 space=space,
                 grouping=self.grouping,
                 alignment=self.alignment,
@@ -163,17 +178,18 @@ class AlignFed:
             return state, step
         transport = carry(
             flush,
+            held_pairs(gathered),
             kind=self.alignment_map if self.alignment else "none",
             ridge=self.alignment_ridge,
             max_positions=self.calibration_positions,
         )
-        gram = gram_of(transport.pairs, space)
+        gram = gram_of(transport.pairs, space, transport.origin)
         plan = self._plan(flush, gram, state.norms)
         state = replace(state, norms=(*state.norms, *plan.lengths)[-REMEMBERED_NORMS:])
         notes = {
             **transport.notes,
             **plan.notes,
-            "versions": float(len({entry.update.base_version for entry in flush.updates})),
+            "versions": float(len({entry.base_version for entry in flush.updates})),
         }
         return self._take(state, flush, transport, plan.coefficients, notes)
 
@@ -193,7 +209,7 @@ class AlignFed:
             repeats = [float(len(flush.updates) * entry.staleness) for entry in flush.updates]
         found = agreement_coefficients(gram, self._weights(flush), self.agreement, repeats)
         if self.grouping:
-            versions = [entry.update.base_version for entry in flush.updates]
+            versions = [entry.base_version for entry in flush.updates]
             found = damp_deviations(found, versions, self.deviation_keep)
         found = tuple(self.server_step * coefficient for coefficient in found)
         moving = [norm for norm in (*earlier, *clipped) if norm > 0]
@@ -292,8 +308,12 @@ class AlignFed:
         return state, Step(guarded.adapter, weights, notes, work)
 
 
-def gram_of(pairs: Sequence[tuple[Adapter, Adapter]], space: str) -> Tensor:
+def gram_of(pairs: Sequence[Pair], space: str, origin: Adapter | None) -> Tensor:
     """Return the inner products of ``update - base`` over all pairs, in factors or in products."""
     if space == "factor":
-        return factor_gram([difference(update, base) for update, base in pairs])
+        # What was aligned is a difference already: its base is zero throughout.
+        return factor_gram(
+            [update for update, _ in pairs],
+            [None if base is origin else base for _, base in pairs],
+        )
     return product_gram([innovation(update, base) for update, base in pairs])

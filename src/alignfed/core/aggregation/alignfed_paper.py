@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 
-from alignfed.core.adapter import Adapter, difference, linear_combination
+from alignfed.core.adapter import linear_combination
+from alignfed.core.aggregation.held import Pair
 from alignfed.core.aggregation.sizes import combining_bytes, comparing_bytes
 from alignfed.core.aggregation.transport import require_calibrator
 from alignfed.core.agreement import factor_gram, lengths
@@ -23,6 +24,7 @@ from alignfed.core.ports import Flush, Step
 
 def step(
     flush: Flush,
+    pairs: list[Pair],
     *,
     space: str,
     grouping: bool,
@@ -35,17 +37,16 @@ def step(
     """Return ``theta + sum_i w_i T(delta_i - group mean)``.
 
     T is linear and one for a group, so the mean is taken out of the coefficients instead of the
-    vectors, and T fitted on the group's mean update.
+    vectors, and T fitted on the group's mean update. ``pairs`` are the updates and their bases.
 
     Raises:
         RuleError: a stale group is to be aligned and the flush has no calibrator.
     """
-    pairs = [(entry.update.adapter, entry.base) for entry in flush.updates]
-    versions = [entry.update.base_version for entry in flush.updates]
+    versions = [entry.base_version for entry in flush.updates]
     weights = (1.0 / len(pairs),) * len(pairs)
     if fairness:
         gram = (
-            factor_gram([difference(*pair) for pair in pairs])
+            factor_gram([update for update, _ in pairs], [base for _, base in pairs])
             if space == "factor"
             else product_gram([innovation(*pair) for pair in pairs])
         )
@@ -69,9 +70,9 @@ def step(
 
 
 def _transformed(
-    flush: Flush, pairs: list[tuple[Adapter, Adapter]], ridge: float
-) -> tuple[list[tuple[Adapter, Adapter]], dict[str, float], int]:
-    groups = group_by_version([entry.update.base_version for entry in flush.updates])
+    flush: Flush, pairs: list[Pair], ridge: float
+) -> tuple[list[Pair], dict[str, float], int]:
+    groups = group_by_version([entry.base_version for entry in flush.updates])
     stale = [positions for version, positions in groups.items() if version != flush.version]
     if not stale:
         return pairs, {}, 0

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import cast
 
 from alignfed.core.adapter import Adapter
+from alignfed.core.aggregation.held import HeldUpdates, held_pairs, hold
 from alignfed.core.aggregation.settings import check_settings, choice, number, whole
 from alignfed.core.aggregation.sizes import combining_bytes, require_updates
 from alignfed.core.instructions import ServerWork
-from alignfed.core.ports import Flush, Step
+from alignfed.core.ports import BufferedUpdate, Flush, LoraRule, Step
 from alignfed.core.staleness import DISCOUNTS, Discount, discount
 
 
@@ -51,14 +52,27 @@ class FedAsync:
         """Return the state before the first flush."""
         return FedAsyncState()
 
-    def apply(self, state: FedAsyncState, flush: Flush) -> tuple[FedAsyncState, Step]:
+    def receive(
+        self,
+        gathered: HeldUpdates | None,
+        entry: BufferedUpdate,
+        update: Adapter,
+        base: Adapter,
+        lora: LoraRule,
+    ) -> HeldUpdates:
+        """Keep the update until the flush: its weight depends on later tasks."""
+        return hold(gathered, update, base)
+
+    def apply(
+        self, state: FedAsyncState, gathered: HeldUpdates | None, flush: Flush
+    ) -> tuple[FedAsyncState, Step]:
         """Return the state and the server step.
 
         Raises:
             RuleError: the flush holds no updates.
         """
         require_updates(flush)
-        positions = sorted(range(len(flush.updates)), key=lambda i: flush.updates[i].update.task_id)
+        positions = sorted(range(len(flush.updates)), key=lambda i: flush.updates[i].task_id)
         weights = [0.0] * len(positions)
         unmixed = 1.0
         for position in reversed(positions):
@@ -66,8 +80,8 @@ class FedAsync:
             weights[position] = rate * unmixed
             unmixed *= 1.0 - rate
         terms = [
-            (weight, entry.update.adapter, flush.adapter)
-            for weight, entry in zip(weights, flush.updates, strict=True)
+            (weight, update, flush.adapter)
+            for weight, (update, _) in zip(weights, held_pairs(gathered), strict=True)
         ]
         adapter = flush.lora.combine(flush.adapter, terms)
         return state, Step(adapter, tuple(weights), work=ServerWork(combining_bytes(flush)))

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from alignfed.core.adapter import Adapter
 from alignfed.core.aggregation.settings import check_settings, choice, number
 from alignfed.core.aggregation.sizes import combining_bytes, require_updates
 from alignfed.core.instructions import ServerWork
-from alignfed.core.ports import Flush, Step
+from alignfed.core.ports import BufferedUpdate, Flush, LoraRule, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,22 +43,26 @@ class FedAvg:
         """Return the state before the first flush."""
         return FedAvgState()
 
-    def apply(self, state: FedAvgState, flush: Flush) -> tuple[FedAvgState, Step]:
+    def receive(
+        self, gathered: Any, entry: BufferedUpdate, update: Adapter, base: Adapter, lora: LoraRule
+    ) -> Any:
+        """Add ``n_i (w_i - x)``, or ``w_i - x``, to the sum."""
+        if entry.norm == 0:  # it moved nothing, and adding nothing must leave every bit as it is
+            return gathered
+        return lora.add(gathered, self._count(entry), update, base, entry.base_version)
+
+    def apply(self, state: FedAvgState, gathered: Any, flush: Flush) -> tuple[FedAvgState, Step]:
         """Return the state and the server step.
 
         Raises:
             RuleError: the flush holds no updates.
         """
         require_updates(flush)
-        counts = [
-            float(entry.update.num_examples) if self.weighting == "examples" else 1.0
-            for entry in flush.updates
-        ]
-        total = math.fsum(counts)
-        weights = tuple(self.server_step * count / total for count in counts)
-        terms = [
-            (weight, entry.update.adapter, entry.base)
-            for weight, entry in zip(weights, flush.updates, strict=True)
-        ]
-        adapter = flush.lora.combine(flush.adapter, terms)
+        counts = [self._count(entry) for entry in flush.updates]
+        scale = self.server_step / math.fsum(counts)
+        adapter = flush.lora.move(flush.adapter, gathered, scale)
+        weights = tuple(scale * count for count in counts)
         return state, Step(adapter, weights, work=ServerWork(combining_bytes(flush)))
+
+    def _count(self, entry: BufferedUpdate) -> float:
+        return float(entry.num_examples) if self.weighting == "examples" else 1.0

@@ -8,13 +8,13 @@ of updates, not by the sum of the discounts: staleness shrinks the step.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from alignfed.core.adapter import Adapter
 from alignfed.core.aggregation.settings import check_settings, choice, number, whole
 from alignfed.core.aggregation.sizes import combining_bytes, require_updates
 from alignfed.core.instructions import ServerWork
-from alignfed.core.ports import Flush, Step
+from alignfed.core.ports import BufferedUpdate, Flush, LoraRule, Step
 from alignfed.core.staleness import DISCOUNTS, Discount, discount
 
 
@@ -44,22 +44,26 @@ class FedBuff:
         """Return the state before the first flush."""
         return FedBuffState()
 
-    def apply(self, state: FedBuffState, flush: Flush) -> tuple[FedBuffState, Step]:
+    def receive(
+        self, gathered: Any, entry: BufferedUpdate, update: Adapter, base: Adapter, lora: LoraRule
+    ) -> Any:
+        """Add ``sigma(s_i) (w_i - base_i)`` to the sum."""
+        if entry.norm == 0:  # it moved nothing, and adding nothing must leave every bit as it is
+            return gathered
+        return lora.add(gathered, self._discount(entry.staleness), update, base, entry.base_version)
+
+    def apply(self, state: FedBuffState, gathered: Any, flush: Flush) -> tuple[FedBuffState, Step]:
         """Return the state and the server step.
 
         Raises:
             RuleError: the flush holds no updates.
         """
         require_updates(flush)
-        weights = tuple(
-            self.server_step / len(flush.updates) * self._discount(entry.staleness)
-            for entry in flush.updates
-        )
-        terms = [
-            (weight, entry.update.adapter, entry.base)
-            for weight, entry in zip(weights, flush.updates, strict=True)
-        ]
-        adapter = flush.lora.combine(flush.adapter, terms)
+        scale = self.server_step / len(flush.updates)
+        ages = {entry.staleness for entry in flush.updates}
+        weight_at = {age: scale * self._discount(age) for age in ages}
+        weights = tuple(weight_at[entry.staleness] for entry in flush.updates)
+        adapter = flush.lora.move(flush.adapter, gathered, scale)
         return state, Step(adapter, weights, work=ServerWork(combining_bytes(flush)))
 
     def _discount(self, staleness: int) -> float:

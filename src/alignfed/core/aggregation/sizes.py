@@ -21,7 +21,7 @@ def require_updates(flush: Flush) -> None:
 
 def combining_bytes(flush: Flush) -> int:
     """Return the bytes one combination reads and writes: updates, bases, current, result."""
-    read = sum(entry.update.adapter.size_bytes + entry.base.size_bytes for entry in flush.updates)
+    read = sum(entry.size_bytes for entry in flush.updates)
     return read + 2 * flush.adapter.size_bytes
 
 
@@ -31,5 +31,5 @@ def comparing_bytes(flush: Flush) -> int:
     Updates and bases are read, innovations of the same size as both (fp32 at most doubles them)
     are written and read once more.
     """
-    read = sum(entry.update.adapter.size_bytes + entry.base.size_bytes for entry in flush.updates)
+    read = sum(entry.size_bytes for entry in flush.updates)
     return 3 * read

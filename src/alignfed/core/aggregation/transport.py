@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from alignfed.core.adapter import Adapter, difference, zeros_like
+from alignfed.core.aggregation.held import Pair
 from alignfed.core.alignment import (
     ActivationMap,
     activation_gain,
@@ -18,6 +19,7 @@ from alignfed.core.alignment import (
     apply_rank_maps,
     rank_maps,
     replay_errors,
+    replay_grams,
 )
 from alignfed.core.grouping import group_by_version
 from alignfed.core.lora import space_of
@@ -36,11 +38,13 @@ class Transport:
             between the two.
         notes: what to record of the maps.
         forwards: calibration mini-batches sent forward.
+        origin: the base of pairs that were made differences, zero throughout.
     """
 
     pairs: tuple[tuple[Adapter, Adapter], ...]
     notes: Mapping[str, float]
     forwards: int
+    origin: Adapter | None = None
 
 
 def require_calibrator(flush: Flush) -> Calibrator:
@@ -57,7 +61,9 @@ def require_calibrator(flush: Flush) -> Calibrator:
     return flush.calibrator
 
 
-def carry(flush: Flush, *, kind: str, ridge: float, max_positions: int) -> Transport:
+def carry(
+    flush: Flush, pairs: list[Pair], *, kind: str, ridge: float, max_positions: int
+) -> Transport:
     """Return the flush's updates, the stale ones carried to the current version.
 
     Where the LoRA rule adds products, an innovation is exact whatever its base's factors were, and
@@ -66,6 +72,7 @@ def carry(flush: Flush, *, kind: str, ridge: float, max_positions: int) -> Trans
 
     Args:
         flush: the flush.
+        pairs: its updates and their bases, in order; changed.
         kind: ``none``, ``rank``, ``activation`` or ``both``.
         ridge: damping of the maps, relative.
         max_positions: positions used to fit activation maps.
@@ -74,8 +81,7 @@ def carry(flush: Flush, *, kind: str, ridge: float, max_positions: int) -> Trans
         RuleError: activation maps are asked for and the flush has no calibrator.
         AdapterError: an update and its base have different layouts, and factors are added.
     """
-    pairs = [(entry.update.adapter, entry.base) for entry in flush.updates]
-    groups = group_by_version([entry.update.base_version for entry in flush.updates])
+    groups = group_by_version([entry.base_version for entry in flush.updates])
     stale = [positions for version, positions in groups.items() if version != flush.version]
     exact = space_of(flush.lora) == "product"
     if not stale or kind == "none" or (exact and kind == "rank"):
@@ -84,7 +90,7 @@ def carry(flush: Flush, *, kind: str, ridge: float, max_positions: int) -> Trans
     maps: list[Maps] = [{} for _ in stale]
     forwards = 0
     if kind != "rank":
-        maps, notes = _fit_activations(flush, stale, ridge, max_positions)
+        maps, notes = _fit_activations(flush, pairs, stale, ridge, max_positions)
         forwards = 1 + len(stale)
     without = aligned = 0.0
     origin = zeros_like(flush.adapter)
@@ -97,31 +103,36 @@ def carry(flush: Flush, *, kind: str, ridge: float, max_positions: int) -> Trans
                     apply_activation_maps(found, base),
                 )
             continue
-        base = flush.updates[positions[0]].base
+        base = pairs[positions[0]][1]
         seen_base = apply_activation_maps(found, base) if found else base
         turns = rank_maps(seen_base, flush.adapter, ridge) if kind != "activation" else None
+        grams = replay_grams(turns, seen_base, flush.adapter) if turns is not None else {}
         for position in positions:
             delta = difference(*pairs[position])
             carried = seen = apply_activation_maps(found, delta) if found else delta
             if turns is not None:
-                carried = apply_rank_maps(turns, seen)
-                errors = replay_errors(seen, carried, seen_base, flush.adapter)
+                carried, shortened = apply_rank_maps(turns, seen)
+                errors = replay_errors(grams, seen, shortened)
                 without, aligned = without + errors[0], aligned + errors[1]
             pairs[position] = (carried, origin)
     if without > 0:
         notes = {**notes, "alignment_gain": 1.0 - math.sqrt(aligned / without)}
-    return Transport(tuple(pairs), notes, forwards)
+    return Transport(tuple(pairs), notes, forwards, origin)
 
 
 def _fit_activations(
-    flush: Flush, stale: list[tuple[int, ...]], ridge: float, max_positions: int
+    flush: Flush,
+    pairs: list[Pair],
+    stale: list[tuple[int, ...]],
+    ridge: float,
+    max_positions: int,
 ) -> tuple[list[Maps], dict[str, float]]:
     calibrator = require_calibrator(flush)
     now = calibrator.inputs(flush.adapter)
     maps: list[Maps] = []
     without = aligned = 0.0
     for positions in stale:
-        before: Mapping[str, Tensor] = calibrator.inputs(flush.updates[positions[0]].base)
+        before: Mapping[str, Tensor] = calibrator.inputs(pairs[positions[0]][1])
         found = activation_maps(before, now, ridge, max_positions)
         errors = activation_gain(found, before, max_positions)
         without, aligned = without + errors[0], aligned + errors[1]

@@ -11,10 +11,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from alignfed.core.adapter import Adapter
 from alignfed.core.algebra import refactor, stack
+
+
+@dataclass(slots=True)
+class ProductTerms:
+    """Terms of a sum, all of which are needed to re-factor it.
+
+    Attributes:
+        terms: ``(c_j, update_j, base_j)``.
+    """
+
+    terms: list[tuple[float, Adapter, Adapter]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,3 +61,25 @@ class ProductSum:
         if len(merged) == 1 and coefficient == 1.0 and adapter.layout == current.layout:
             return adapter
         return refactor(stack(merged), current)
+
+    def add(
+        self,
+        total: ProductTerms | None,
+        coefficient: float,
+        update: Adapter,
+        base: Adapter,
+        base_version: int,
+    ) -> ProductTerms:
+        """Keep a term: products are only summed by stacking all of them."""
+        total = total or ProductTerms()
+        total.terms.append((coefficient, update, base))
+        return total
+
+    def move(self, current: Adapter, total: ProductTerms | None, scale: float) -> Adapter:
+        """Return ``current + scale * total``.
+
+        Raises:
+            AdapterError: names or outer sizes differ.
+        """
+        terms = [] if total is None else total.terms
+        return self.combine(current, [(scale * c, update, base) for c, update, base in terms])
