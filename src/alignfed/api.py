@@ -95,7 +95,7 @@ def simulate(
     elif overrides:
         raise AlignFedError("overrides change a recipe that is loaded here, not one passed whole")
     place = RunDirectory(Path(directory))
-    if place.holds_run():
+    if place.holds_run() or place.summary.exists():
         raise JournalError(
             f"{place.root} already holds a run; resume it with: alignfed resume {place.root},"
             " or choose another directory",

@@ -159,7 +159,11 @@ def synchronous_reference(simulation: Simulation, uploads: int) -> EngineParts:
     """
     parts = simulation.parts
     rule: AggregationRule = make_rule("fedavg")
-    settings = replace(parts.coordinator.settings, stop=StopConditions(max_uploads=uploads))
+    own = parts.coordinator.settings
+    # An asynchronous buffer's age is no limit for a round: a round ends when everybody answered.
+    timeout_s = own.flush_timeout_s if parts.coordinator.rule.synchronous else math.inf
+    stop = StopConditions(max_uploads=uploads)
+    settings = replace(own, flush_timeout_s=timeout_s, stop=stop)
     return replace(
         parts,
         coordinator=replace(parts.coordinator, rule=rule, settings=settings, calibrator=None),
