@@ -16,11 +16,16 @@ if TYPE_CHECKING:
     from alignfed.config import Recipe, default_recipe, load_recipe
     from alignfed.errors import AlignFedError
     from alignfed.running import RunResult
+    from alignfed.study.ablation import ablate
+    from alignfed.study.comparison import StudyResult, compare
 
 _WHERE = {
     "AlignFedError": "alignfed.errors",
     "Recipe": "alignfed.config",
     "RunResult": "alignfed.running",
+    "StudyResult": "alignfed.study.comparison",
+    "ablate": "alignfed.study.ablation",
+    "compare": "alignfed.study.comparison",
     "default_recipe": "alignfed.config",
     "load_recipe": "alignfed.config",
     "resume": "alignfed.api",
@@ -31,6 +36,9 @@ __all__ = [
     "AlignFedError",
     "Recipe",
     "RunResult",
+    "StudyResult",
+    "ablate",
+    "compare",
     "default_recipe",
     "load_recipe",
     "resume",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignfed.build import build_simulation
+from alignfed.build import Simulation, build_simulation
 from alignfed.config import Recipe, default_recipe, load_recipe
 from alignfed.errors import AlignFedError, JournalError
 from alignfed.inputs import CONTENT, fingerprint_examples, fingerprint_files, refuse_changes
@@ -26,6 +26,7 @@ def simulate(
     overrides: Sequence[str] = (),
     view: ProgressView | None = None,
     checkpoint_every_s: float = CHECKPOINT_EVERY_S,
+    build: Callable[[Recipe], Simulation] = build_simulation,
 ) -> RunResult:
     """Run a recipe on a virtual clock and keep everything in a new directory.
 
@@ -35,6 +36,7 @@ def simulate(
         overrides: ``key=value`` changes, where ``recipe`` is a path or None.
         view: watches the run.
         checkpoint_every_s: real seconds between checkpoints.
+        build: makes a recipe's objects; who runs many recipes may share what is loaded.
 
     Raises:
         AlignFedError: something the recipe asks for does not exist or does not fit.
@@ -53,7 +55,7 @@ def simulate(
         )
     began_s = time.monotonic()
     files = fingerprint_files(recipe)
-    simulation = build_simulation(recipe)
+    simulation = build(recipe)
     text = simulation.recipe.to_toml()
     _make_directory(place.root)
     write_text_atomically(place.recipe, text)
@@ -69,6 +71,7 @@ def resume(
     *,
     view: ProgressView | None = None,
     checkpoint_every_s: float = CHECKPOINT_EVERY_S,
+    build: Callable[[Recipe], Simulation] = build_simulation,
 ) -> RunResult:
     """Go on with a run that was interrupted, to the result of an uninterrupted one.
 
@@ -99,7 +102,7 @@ def resume(
         known = journal.meta.get("inputs", "{}")
         if journal.meta["recipe_sha256"] == recipe_sha256:  # else recovery refuses by the recipe
             refuse_changes(known, files, place.root)
-        simulation = build_simulation(recipe)
+        simulation = build(recipe)
         run = Run(simulation, place, journal, view, began_s, checkpoint_every_s)
         recovered = run.checkpoints.recover(recipe_sha256=recipe_sha256)
         examples = {CONTENT: fingerprint_examples(simulation)}

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from alignfed import builtin
 from alignfed.config import FleetSection, Recipe
-from alignfed.config.section import BUILTIN
+from alignfed.config.section import BUILTIN, Section
 from alignfed.core.adapter import Adapter
 from alignfed.core.aggregation import make_rule
 from alignfed.core.coordinator import Coordinator
 from alignfed.core.lora import Exchange, exchange_of, make_lora_rule
-from alignfed.core.ports import (
-    Evaluation,
-    Journal,
-)
+from alignfed.core.ports import ClientTrainer, Evaluation, Journal
 from alignfed.core.state import CoordinatorSettings, StopConditions
 from alignfed.errors import FleetError, RecipeError
 from alignfed.simulation.conditions import Conditions, GeneratedConditions, Variation
@@ -51,6 +48,29 @@ from alignfed.training.partition import PartitionSettings
 from alignfed.training.personal import PersonalEvaluator
 from alignfed.training.settings import ModelSettings
 from alignfed.training.templates import TemplateSettings
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What takes long to load and no run changes.
+
+    Attributes:
+        data: who holds which examples.
+        base: the frozen base model.
+        trainer: trains clients.
+        cohort_size: tasks it is to be given together at most.
+        evaluator: scores adapters.
+        calibrator: the server's calibration mini-batch, if it holds one.
+        personal: scores clients' own adapters, where the LoRA rule leaves them a part.
+    """
+
+    data: FederatedData
+    base: BaseModel
+    trainer: ClientTrainer
+    cohort_size: int
+    evaluator: HeldOutEvaluator
+    calibrator: CalibrationBatch | None
+    personal: PersonalEvaluator | None
 
 
 @dataclass(frozen=True)
@@ -91,54 +111,74 @@ def build_simulation(recipe: Recipe) -> Simulation:
     Raises:
         AlignFedError: what the recipe names does not exist or does not fit together.
     """
+    return assemble(load(recipe), recipe)
+
+
+def load(recipe: Recipe) -> Loaded:
+    """Load what runs that differ in rule, server, fleet and stop conditions alone may share.
+
+    Raises:
+        AlignFedError: what the recipe names does not exist or does not fit together.
+    """
     data, template = build_data(recipe)
     base = load_base(_model_settings(recipe, data), lora_settings(recipe), recipe.seed)
     encoder = Encoder(base, template, recipe.data.max_length)
-    fleet = build_fleet(recipe.fleet, len(data.clients), recipe.seed)
-    fleet.refuse_unanswered(recipe.server.task_timeout_s)
-    refuse_huge_trace(fleet, recipe.fleet.record_s)
-    initial = base.initial_adapter()
-    refuse_too_small(fleet.devices, training_memory(_training_shape(recipe, base)))
     trainer, cohort_size = make_trainer(recipe, base, encoder, template, data)
-    if recipe.training.cohort_size == "auto":
-        # What was measured belongs to the run: its recipe keeps it, and a resumed run reuses it.
-        measured = recipe.training.model_copy(update={"cohort_size": cohort_size})
-        recipe = recipe.model_copy(update={"training": measured})
     scoring = recipe.evaluation
-    evaluator = HeldOutEvaluator(
-        base,
-        encoder,
-        data,
-        EvaluationSettings(
-            scoring.scorer,
-            scoring.max_new_tokens,
-            scoring.score_examples,
-            scoring.tokens_per_batch,
-        ),
+    settings = EvaluationSettings(
+        scoring.scorer, scoring.max_new_tokens, scoring.score_examples, scoring.tokens_per_batch
     )
-
-    def evaluate(adapter: Adapter) -> Evaluation:
-        return evaluator.evaluate(adapter, with_score=False)
-
     personal = None
     if exchange_of(recipe.strategy.lora).keeps:
         personal = PersonalEvaluator(base, encoder, data, scoring.tokens_per_batch)
+    return Loaded(
+        data,
+        base,
+        trainer,
+        cohort_size,
+        HeldOutEvaluator(base, encoder, data, settings),
+        CalibrationBatch(base, encoder, data.calibration) if data.calibration else None,
+        personal,
+    )
+
+
+def assemble(loaded: Loaded, recipe: Recipe) -> Simulation:
+    """Put a run together from what was loaded for its recipe, or for one that may share it.
+
+    Raises:
+        AlignFedError: what the recipe names does not exist or does not fit together.
+    """
+    base, data, evaluator = loaded.base, loaded.data, loaded.evaluator
+    fleet = build_fleet(recipe.fleet, len(data.clients), recipe.seed)
+    fleet.refuse_unanswered(recipe.server.task_timeout_s)
+    refuse_huge_trace(fleet, recipe.fleet.record_s)
+    if recipe.training.cohort_size == "auto":
+        # What was measured belongs to the run: its recipe keeps it, and a resumed run reuses it.
+        measured = recipe.training.model_copy(update={"cohort_size": loaded.cohort_size})
+        recipe = recipe.model_copy(update={"training": measured})
+    refuse_too_small(fleet.devices, training_memory(_training_shape(recipe, base)))
+    with_score = recipe.evaluation.measure != "loss"
+
+    def evaluate(adapter: Adapter) -> Evaluation:
+        return evaluator.evaluate(adapter, with_score=with_score)
+
+    personal = loaded.personal
     parts = EngineParts(
         coordinator=Coordinator(
             build_settings(recipe),
             make_rule(recipe.strategy.rule, **recipe.strategy.settings),
             make_lora_rule(recipe.strategy.lora),
-            CalibrationBatch(base, encoder, data.calibration) if data.calibration else None,
-            build_exchange(recipe, fleet, initial),
+            loaded.calibrator,
+            build_exchange(recipe, fleet, base.initial_adapter()),
         ),
-        trainer=trainer,
+        trainer=loaded.trainer,
         fleet=fleet,
         server=ServerProfile(recipe.server.memory_bytes_per_s, recipe.server.flops_per_s),
         clients=tuple(data.clients),
         evaluate=evaluate,
         evaluate_own=None if personal is None else personal.evaluate,
-        cohort_size=cohort_size,
-        calibration_flops_per_token=base.forward_flops_per_token(initial),
+        cohort_size=loaded.cohort_size,
+        calibration_flops_per_token=base.forward_flops_per_token(base.initial_adapter()),
     )
     return Simulation(recipe, data, base, evaluator, fleet, parts, personal)
 
@@ -159,6 +199,7 @@ def build_settings(recipe: Recipe) -> CoordinatorSettings:
             max_time_s=_or_never(stop.virtual_time_s),
             max_uploads=_or_never(stop.uploads),
             max_versions=_or_never(stop.versions),
+            max_tokens=_or_never(stop.tokens),
             target_loss=-math.inf if stop.target_loss is None else stop.target_loss,
             patience=_or_never(stop.patience),
             min_improvement=stop.min_improvement,
@@ -193,33 +234,9 @@ def build_data(recipe: Recipe) -> tuple[FederatedData, TemplateSettings]:
         DataError: files, columns or sizes that do not fit.
     """
     section, seed = recipe.data, recipe.seed
-    deal = PartitionSettings(
-        kind=section.partition.kind,
-        num_clients=section.partition.num_clients,
-        alpha=section.partition.alpha,
-        column=section.partition.column,
-        min_size=section.partition.min_size,
-        shards_per_client=section.partition.shards_per_client,
-        seed=seed,
-    )
-    settings = DataSettings(
-        path="" if section.path == BUILTIN else section.path,
-        train=section.train,
-        clients=section.clients,
-        evaluation=section.evaluation,
-        subset=section.subset,
-        split=section.split,
-        label_column=section.label_column,
-        label_names=section.label_names,
-        explode=section.explode,
-        evaluation_fraction=section.evaluation_fraction,
-        evaluation_examples=section.evaluation_examples,
-        calibration_examples=section.calibration_examples,
-        held_out_fraction=section.held_out_fraction,
-        held_out_examples=section.held_out_examples,
-        max_examples_per_client=section.max_examples_per_client,
-        seed=seed,
-    )
+    deal = PartitionSettings(**_values(section.partition, PartitionSettings), seed=seed)
+    path = "" if section.path == BUILTIN else section.path
+    settings = DataSettings(**{**_values(section, DataSettings), "path": path}, seed=seed)
     if section.path != BUILTIN:
         assert section.template is not None  # the recipe was validated
         given = section.template
@@ -335,6 +352,12 @@ def _training_shape(recipe: Recipe, base: BaseModel) -> TrainingShape:
         activation_bytes=4 if recipe.model.dtype == "float32" else 2,
         gradient_checkpointing=recipe.model.gradient_checkpointing,
     )
+
+
+def _values(section: Section, settings: Any) -> dict[str, Any]:
+    """Return the values of those keys of a section that are called as fields of ``settings``."""
+    names = (field.name for field in fields(settings))
+    return {name: getattr(section, name) for name in names if name in type(section).model_fields}
 
 
 def _plain(records: Sequence[builtin.Record]) -> list[dict[str, Any]]:

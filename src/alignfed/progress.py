@@ -15,6 +15,7 @@ class Limits:
     virtual_time_s: float | None = None
     uploads: int | None = None
     versions: int | None = None
+    tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ class RunSnapshot:
         staleness_mean: mean staleness of the uploads applied last (None: none yet).
         loss: latest loss on the common evaluation set, in nats (None: none yet).
         score: latest score in [0, 1] (None: not measured).
+        tokens: trained tokens reported: what ``Limits.tokens`` counts.
     """
 
     virtual_time_s: float
@@ -77,6 +79,7 @@ class RunSnapshot:
     staleness_mean: float | None = None
     loss: float | None = None
     score: float | None = None
+    tokens: float = 0.0
 
 
 class ProgressView(Protocol):
@@ -114,6 +117,7 @@ def fraction_done(limits: Limits, snapshot: RunSnapshot) -> float | None:
         (snapshot.virtual_time_s, limits.virtual_time_s),
         (snapshot.uploads, limits.uploads),
         (snapshot.version, limits.versions),
+        (snapshot.tokens, limits.tokens),
     )
     shares = [reached / limit for reached, limit in pairs if limit]
     return min(1.0, max(shares)) if shares else None

@@ -6,23 +6,21 @@ clock to decide when to write a checkpoint.
 
 from __future__ import annotations
 
-import signal
-import threading
+import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from alignfed.build import Simulation, fleet_words
 from alignfed.core.adapter import Adapter
 from alignfed.core.events import EvaluationFinished, Event
-from alignfed.core.instructions import Instruction, Publish
+from alignfed.core.instructions import Evaluate, Instruction, Publish
 from alignfed.core.ports import Evaluation
 from alignfed.errors import AlignFedError, JournalError
+from alignfed.interruption import interrupt_between_steps
 from alignfed.journal import (
     Checkpoints,
     Codec,
@@ -43,6 +41,9 @@ from alignfed.training.personal import mean_of_clients
 
 CHECKPOINT_EVERY_S = 10.0
 """Real seconds between checkpoints: the most work that a killed run does again."""
+
+CLIENTS_NOTE = "ClientsEvaluated"
+"""Name of the journal's note of losses and scores on every client's own slice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +96,10 @@ class Run:
         self.checkpoints = Checkpoints(journal, Codec(RunState, rule_state, *CHECKPOINTED))
         self.warnings: tuple[str, ...] = ()
         self.expected_cohorts: deque[tuple[int, ...]] = deque()
+        self.engine: Engine | None = None
         self.earlier_s = 0.0
         self.loss: float | None = None
+        self.score: float | None = None
         self.staleness_mean: float | None = None
 
     # --- the journal's port ---------------------------------------------------------------
@@ -105,8 +108,10 @@ class Run:
         """Append an event and the instructions it led to."""
         self.journal.record(event, instructions)
         if isinstance(event, EvaluationFinished):
-            self.loss = event.loss
+            self.loss, self.score = event.loss, event.score
         for instruction in instructions:
+            if isinstance(instruction, Evaluate):
+                self._note_clients(event.time_s, instruction)
             if isinstance(instruction, Publish) and instruction.applied:
                 staleness = [upload.staleness for upload in instruction.applied]
                 self.staleness_mean = sum(staleness) / len(staleness)
@@ -121,6 +126,20 @@ class Run:
                 path=str(self.place.root),
             )
         self.journal.record_cohort(time_s, task_ids)
+
+    def _note_clients(self, time_s: float, evaluate: Evaluate) -> None:
+        if self.simulation.recipe.evaluation.measure != "clients":
+            return
+        found = self._clients(evaluate.adapter)
+        values = {
+            "version": evaluate.version,
+            "losses": {
+                str(client_id): one.loss if math.isfinite(one.loss) else None
+                for client_id, one in found.items()
+            },
+            "scores": {str(client_id): one.score for client_id, one in found.items()},
+        }
+        self.journal.record_note(time_s, CLIENTS_NOTE, values)
 
     # --- running --------------------------------------------------------------------------
 
@@ -137,6 +156,7 @@ class Run:
         else:
             engine = Engine.restore(parts, state.engine)
             self.earlier_s = state.wall_time_s
+        self.engine = engine
         self.view.started(self._info(resumed))
         self._step_to_the_end(engine)
         summary = self._finish(engine)
@@ -145,7 +165,7 @@ class Run:
 
     def _step_to_the_end(self, engine: Engine) -> None:
         last_s = time.monotonic()
-        with _interrupt_between_steps() as interrupted:
+        with interrupt_between_steps() as interrupted:
             while engine.step():
                 self.view.progress(self._snapshot(engine))
                 now_s = time.monotonic()
@@ -243,6 +263,14 @@ class Run:
         wanted = simulation.recipe.evaluation.per_client
         return before, after, evaluator.evaluate_clients(final) if wanted else {}
 
+    def _clients(self, adapter: Adapter) -> Mapping[int, Evaluation]:
+        """Score an adapter on each client's own data, with what the client keeps in its place."""
+        simulation = self.simulation
+        if simulation.personal is None or self.engine is None:
+            return simulation.evaluator.evaluate_clients(adapter, with_score=True)
+        own = own_adapters(simulation.parts, self.engine.state, adapter)
+        return simulation.personal.evaluate_clients(own)
+
     def _info(self, resumed: bool) -> RunInfo:
         simulation, recipe = self.simulation, self.simulation.recipe
         stop = recipe.stop
@@ -258,7 +286,7 @@ class Run:
             clients=len(simulation.data.clients),
             concurrency=recipe.server.concurrency,
             buffer_size=recipe.server.buffer_size,
-            limits=Limits(stop.virtual_time_s, stop.uploads, stop.versions),
+            limits=Limits(stop.virtual_time_s, stop.uploads, stop.versions, stop.tokens),
             resumed=resumed,
             warnings=self.warnings,
         )
@@ -273,30 +301,9 @@ class Run:
             in_flight=len(state.coordinator.tasks),
             staleness_mean=self.staleness_mean,
             loss=self.loss,
+            score=self.score,
+            tokens=state.coordinator.tokens,
         )
-
-
-@contextmanager
-def _interrupt_between_steps() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into a flag, so that the step under way is finished and kept.
-
-    A second one interrupts at once; the run then resumes from its last checkpoint.
-    """
-    flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def note(number: int, frame: FrameType | None) -> None:
-        flag.set()
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield flag
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _standstill(state: EngineState) -> AlignFedError:

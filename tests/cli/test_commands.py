@@ -46,11 +46,14 @@ class Recorder:
 def test_help_teaches_the_first_steps():
     result = run("--help")
     assert result.exit_code == 0
-    for words in ("simulate", "resume", "strategies", "fleets", "init", "plan", "First steps"):
+    for words in ("simulate", "resume", "strategies", "compare", "ablate", "plan", "First steps"):
         assert words in result.output
 
 
-@pytest.mark.parametrize("command", ["simulate", "resume", "strategies", "fleets", "init", "plan"])
+@pytest.mark.parametrize(
+    "command",
+    ["simulate", "resume", "strategies", "fleets", "init", "plan", "compare", "ablate"],
+)
 def test_every_command_shows_an_example(command):
     result = run(command, "--help")
     assert result.exit_code == 0

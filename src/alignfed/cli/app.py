@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from alignfed.cli import studies
 from alignfed.cli.refusal import INTERRUPTED, debugging, refusing
 from alignfed.progress import ProgressView
 from alignfed.version import __version__
@@ -156,6 +157,9 @@ def plan(recipe: RecipeOption = None, overrides: SetOption = None) -> None:
     changes = overrides or []
     loaded = load_recipe(recipe, changes) if recipe is not None else default_recipe(changes)
     print_plan(_console(), make_plan(loaded))
+
+
+studies.add_commands(app)
 
 
 def _console() -> Console:

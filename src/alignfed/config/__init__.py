@@ -1,5 +1,6 @@
 """Recipes: validated settings. An unknown key is an error that names the nearest one."""
 
+from alignfed.config.compare import AblateSection, CompareSection
 from alignfed.config.data import DataSection, PartitionSection, TemplateSection
 from alignfed.config.document import write_commented, write_recipe
 from alignfed.config.fleet import FleetSection, VariationSection
@@ -16,7 +17,9 @@ from alignfed.config.run import (
 )
 
 __all__ = [
+    "AblateSection",
     "ArchitectureSection",
+    "CompareSection",
     "DataSection",
     "EvaluationSection",
     "FleetSection",

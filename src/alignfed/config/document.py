@@ -57,7 +57,10 @@ def _table(
         if isinstance(value, Section):
             yield from _table(value, (*path, name), commented=commented, settings=settings)
         elif isinstance(value, dict):
-            yield from _free_table(value, (*path, name), settings or {} if commented else {})
+            known = settings or {} if commented and name == "settings" else {}
+            if commented and not (value or known):
+                yield from (f"#[{'.'.join((*path, name))}]", "")
+            yield from _free_table(value, (*path, name), known)
         elif commented:
             yield from _absent_table(fields[name], (*path, name))
 

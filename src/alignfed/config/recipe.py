@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from pydantic import model_validator
 
+from alignfed.config.compare import AblateSection, CompareSection
 from alignfed.config.data import DataSection
 from alignfed.config.document import write_recipe
 from alignfed.config.fleet import FleetSection
@@ -45,6 +46,8 @@ class Recipe(Section):
     fleet: FleetSection = table(FleetSection, "The clients' devices.")
     stop: StopSection = key(..., "When the run ends: whichever comes first.")
     evaluation: EvaluationSection = table(EvaluationSection, "How versions are scored.")
+    compare: CompareSection = table(CompareSection, "What a comparison of rules holds fixed.")
+    ablate: AblateSection = table(AblateSection, "The regimes of an ablation.")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
@@ -53,6 +56,7 @@ class Recipe(Section):
             *_rule_problems(self),
             *_length_problems(self),
             *_server_problems(self),
+            *_compare_problems(self),
         ]
         if problems:
             raise UnfitError(problems)
@@ -191,4 +195,12 @@ def _server_problems(recipe: Recipe) -> Iterator[Problem]:
             "server.concurrency",
             f"{recipe.server.concurrency} tasks in flight need as many clients;"
             f" data.partition.num_clients = {clients}",
+        )
+
+
+def _compare_problems(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.compare.target_score is not None and recipe.evaluation.scorer == "none":
+        yield (
+            "compare.target_score",
+            'needs a score, but evaluation.scorer is "none"; name a scorer, or set target_loss',
         )

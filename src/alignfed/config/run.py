@@ -134,6 +134,9 @@ class StopSection(Section):
     virtual_time_s: float | None = key(None, "Virtual seconds.", gt=0, suggested=86400.0)
     uploads: int | None = key(None, "Answers received, accepted or refused.", ge=1, suggested=240)
     versions: int | None = key(None, "Published server versions.", ge=1, suggested=60)
+    tokens: int | None = key(
+        None, "Tokens that clients report having trained on.", ge=1, suggested=600_000
+    )
     target_loss: float | None = key(
         None, "Loss on the common evaluation set to reach, in nats.", gt=0, suggested=0.5
     )
@@ -144,7 +147,7 @@ class StopSection(Section):
 
     @model_validator(mode="after")
     def _ends(self) -> StopSection:
-        certain = (self.virtual_time_s, self.uploads, self.versions, self.patience)
+        certain = (self.virtual_time_s, self.uploads, self.versions, self.tokens, self.patience)
         if any(limit is not None for limit in certain):
             return self
         reached = "a target that is never reached ends nothing" if self.target_loss else ""
@@ -153,7 +156,7 @@ class StopSection(Section):
                 (
                     "",
                     f"{reached or 'nothing ends the run'}; set one of virtual_time_s, uploads,"
-                    " versions or patience",
+                    " versions, tokens or patience",
                 )
             ]
         )
@@ -163,6 +166,11 @@ class EvaluationSection(Section):
     """How and how often server versions are scored."""
 
     every_versions: int = key(1, "Published versions between evaluations.", ge=1)
+    measure: Literal["loss", "score", "clients"] = key(
+        "loss",
+        "What every evaluation measures: the loss; the score too; or also loss and score on each"
+        " client's own held-out slice. First and last version are scored in any case.",
+    )
     scorer: Literal["none", "exact_match", "gsm8k", "accuracy"] = key(
         "none",
         "Score beside the loss: generated text equals the response, GSM8K's final number is"

@@ -130,6 +130,7 @@ class Coordinator:
         settings, now_s = self.settings, event.time_s
         if task is not None and task.client_id == update.client_id:
             state.received += 1
+            state.tokens += update.reported_tokens
             tasks.end_task(state, settings, task, now_s, failed=rejection is not None)
         if rejection is not None:
             state.rejections[rejection.reason] += 1
@@ -142,6 +143,8 @@ class Coordinator:
             self._flush_if_complete(state, now_s, out)
             if state.stopped is None and state.received >= settings.stop.max_uploads:
                 self._stop(state, now_s, StopReason.MAX_UPLOADS, out)
+            elif state.stopped is None and state.tokens >= settings.stop.max_tokens:
+                self._stop(state, now_s, StopReason.MAX_TOKENS, out)
 
     def _on_task_failed(
         self, state: CoordinatorState, event: TaskFailed, out: list[Instruction]

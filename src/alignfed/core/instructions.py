@@ -37,6 +37,7 @@ class StopReason(StrEnum):
     MAX_TIME = "max_time"
     MAX_UPLOADS = "max_uploads"
     MAX_VERSIONS = "max_versions"
+    MAX_TOKENS = "max_tokens"
     TARGET_LOSS = "target_loss"
     PATIENCE = "patience"
 

@@ -78,8 +78,10 @@ class Evaluator(Protocol):
         """Score an adapter on the common evaluation set."""
         ...
 
-    def evaluate_clients(self, adapter: Adapter) -> Mapping[int, Evaluation]:
-        """Score an adapter on each client's own held-out slice, loss only."""
+    def evaluate_clients(
+        self, adapter: Adapter, *, with_score: bool = False
+    ) -> Mapping[int, Evaluation]:
+        """Score an adapter on each client's own held-out slice."""
         ...
 
 

@@ -24,6 +24,7 @@ class StopConditions:
         max_time_s: the driver's clock.
         max_uploads: answers to given tasks, accepted or refused.
         max_versions: published server steps.
+        max_tokens: trained tokens that clients report with those answers.
         target_loss: loss on the common evaluation set to reach.
         patience: evaluations without an improvement of ``min_improvement``.
         min_improvement: smallest fall of the loss that counts, in nats.
@@ -32,13 +33,14 @@ class StopConditions:
     max_time_s: float = math.inf
     max_uploads: float = math.inf
     max_versions: float = math.inf
+    max_tokens: float = math.inf
     target_loss: float = -math.inf
     patience: float = math.inf
     min_improvement: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse limits that no run could meet."""
-        for name in ("max_time_s", "max_uploads", "max_versions", "patience"):
+        for name in ("max_time_s", "max_uploads", "max_versions", "max_tokens", "patience"):
             if not getattr(self, name) > 0:
                 raise CoordinatorError(f"{name}={getattr(self, name)}, must be above 0", name=name)
 
@@ -156,6 +158,7 @@ class CoordinatorState:
         next_task_id: first id not yet given out.
         received: answers to given tasks, accepted or refused.
         accepted: uploads accepted.
+        tokens: trained tokens reported with the answers received.
         participants: clients with at least one accepted upload.
         flush_due_s: when the buffer, or a synchronous round, is applied though not complete.
         wake_at_s: the earliest timer now set.
@@ -184,6 +187,7 @@ class CoordinatorState:
     next_task_id: int = 0
     received: int = 0
     accepted: int = 0
+    tokens: float = 0.0
     participants: int = 0
     flush_due_s: float = math.inf
     wake_at_s: float = math.inf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -41,7 +42,7 @@ class Update:
         base_version: the server version the client started from.
         adapter: the trained adapter itself (not a difference).
         num_examples: training examples it was computed from.
-        metrics: what the client agreed to report, for example ``loss``.
+        metrics: what the client agreed to report, for example ``loss`` and ``tokens``.
     """
 
     task_id: int
@@ -50,3 +51,10 @@ class Update:
     adapter: Adapter
     num_examples: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def reported_tokens(self) -> float:
+        """Tokens the client says it trained on; 0 where it says nothing that is a count."""
+        tokens = self.metrics.get("tokens", 0.0)
+        counts = isinstance(tokens, int | float) and 0.0 < tokens < math.inf
+        return float(tokens) if counts else 0.0

@@ -112,27 +112,23 @@ class HeldOutEvaluator:
         self._held_out = (
             join([encoder.encode(examples) for examples in held_out.values()]) if held_out else None
         )
+        self._held_out_examples = [one for examples in held_out.values() for one in examples]
 
     def evaluate(self, adapter: Adapter, *, with_score: bool) -> Evaluation:
         """Score an adapter on the common evaluation set."""
         self.base.install(adapter)
         losses = sequence_losses(self.base, self._evaluation, self._tokens_per_batch)
         result = None
-        if with_score and self.settings.scorer == "accuracy":
-            result = float(losses.correct.mean())
-        elif with_score and self.settings.scorer != "none":
-            answers = self.generate(self._scored_examples())
-            right = [
-                TEXT_SCORERS[self.settings.scorer](answer, example.response)
-                for answer, example in zip(answers, self._scored_examples(), strict=True)
-            ]
-            result = sum(right) / len(right)
+        if with_score and self.settings.scorer != "none":
+            result = float(self._right(self._scored_examples(), losses).mean())
         return Evaluation(
             float(losses.sums.sum() / losses.counts.sum()), result, len(self._evaluation)
         )
 
-    def evaluate_clients(self, adapter: Adapter) -> Mapping[int, Evaluation]:
-        """Score an adapter on each client's held-out slice, loss only; no slice, no entry."""
+    def evaluate_clients(
+        self, adapter: Adapter, *, with_score: bool = False
+    ) -> Mapping[int, Evaluation]:
+        """Score an adapter on each client's held-out slice; no slice, no entry."""
         if self._held_out is None:
             return {}
         self.base.install(adapter)
@@ -140,10 +136,28 @@ class HeldOutEvaluator:
         owners = np.repeat(np.arange(len(self._client_ids)), self._client_sizes)
         sums = np.bincount(owners, weights=losses.sums)
         counts = np.bincount(owners, weights=losses.counts)
+        scores: list[float | None] = [None] * len(self._client_ids)
+        if with_score and self.settings.scorer != "none":
+            right = np.bincount(owners, weights=self._right(self._held_out_examples, losses))
+            scores = [float(share) for share in right / np.array(self._client_sizes)]
         return {
-            client_id: Evaluation(float(sums[i] / counts[i]), None, self._client_sizes[i])
+            client_id: Evaluation(float(sums[i] / counts[i]), scores[i], self._client_sizes[i])
             for i, client_id in enumerate(self._client_ids)
         }
+
+    def _right(self, examples: Sequence[Example], losses: SequenceLosses) -> Floats:
+        """Return 1 for each example the installed adapter gets right and 0 for others.
+
+        ``losses`` are of the same adapter on the same examples; a classifier's are enough.
+        """
+        if self.settings.scorer == "accuracy":
+            return losses.correct.astype(np.float64)
+        right = TEXT_SCORERS[self.settings.scorer]
+        answers = self.generate(examples)
+        return np.array(
+            [right(answer, one.response) for answer, one in zip(answers, examples, strict=True)],
+            dtype=np.float64,
+        )
 
     def generate(self, examples: Sequence[Example]) -> list[str]:
         """Return what the installed adapter answers to each prompt."""

@@ -27,6 +27,7 @@ class Setting:
         default: its value unless set.
         limits: the accepted values in words.
         meaning: one line.
+        high: largest accepted number (infinity: none).
     """
 
     name: str
@@ -34,6 +35,7 @@ class Setting:
     default: float | int | bool | str
     limits: str
     meaning: str
+    high: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,5 +115,7 @@ def describe_settings(rule_type: Any) -> tuple[Setting, ...]:
     for entry in fields(rule_type):
         limits: _Range = entry.metadata[_KEY]
         default: Any = entry.default
-        found.append(Setting(entry.name, limits.kind, default, limits.words(), limits.meaning))
+        found.append(
+            Setting(entry.name, limits.kind, default, limits.words(), limits.meaning, limits.high)
+        )
     return tuple(found)
