@@ -2,7 +2,7 @@
 
     python benchmarks/vs_flower.py [--repeats 5] [--tasks 120] [--trainer recipe]
 
-Needs ``pip install alignfed[benchmarks]``. Every measurement is a fresh process with both cores to
+Needs ``pip install alignfed[dev]``. Every measurement is a fresh process with both cores to
 itself; the sides take turns, and in a first turn, which is not timed, memory is sampled.
 
 **No training.** A task is answered with the adapter it brought. Timed is from the first dispatch to
