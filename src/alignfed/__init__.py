@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from alignfed.config import Recipe, default_recipe, load_recipe
     from alignfed.errors import AlignFedError
     from alignfed.running import RunResult
+    from alignfed.sanitizing import Sanitized, sanitize
     from alignfed.study.ablation import ablate
     from alignfed.study.comparison import StudyResult, compare
 
@@ -23,12 +24,14 @@ _WHERE = {
     "AlignFedError": "alignfed.errors",
     "Recipe": "alignfed.config",
     "RunResult": "alignfed.running",
+    "Sanitized": "alignfed.sanitizing",
     "StudyResult": "alignfed.study.comparison",
     "ablate": "alignfed.study.ablation",
     "compare": "alignfed.study.comparison",
     "default_recipe": "alignfed.config",
     "load_recipe": "alignfed.config",
     "resume": "alignfed.api",
+    "sanitize": "alignfed.sanitizing",
     "simulate": "alignfed.api",
 }
 
@@ -36,12 +39,14 @@ __all__ = [
     "AlignFedError",
     "Recipe",
     "RunResult",
+    "Sanitized",
     "StudyResult",
     "ablate",
     "compare",
     "default_recipe",
     "load_recipe",
     "resume",
+    "sanitize",
     "simulate",
 ]
 

@@ -235,14 +235,9 @@ def build_data(recipe: Recipe) -> tuple[FederatedData, TemplateSettings]:
     """
     section, seed = recipe.data, recipe.seed
     deal = PartitionSettings(**_values(section.partition, PartitionSettings), seed=seed)
-    path = "" if section.path == BUILTIN else section.path
-    settings = DataSettings(**{**_values(section, DataSettings), "path": path}, seed=seed)
+    settings, template = data_settings(recipe), template_settings(recipe)
     if section.path != BUILTIN:
-        assert section.template is not None  # the recipe was validated
-        given = section.template
-        template = TemplateSettings(given.prompt, given.response, given.chat)
         return load_data(settings, template, deal), template
-    template = TemplateSettings(builtin.PROMPT_TEMPLATE, " {response}")
     assert section.num_examples is not None and section.evaluation_examples is not None
     data = federate_pool(
         _plain(builtin.training_records(section.num_examples, seed)),
@@ -253,6 +248,22 @@ def build_data(recipe: Recipe) -> tuple[FederatedData, TemplateSettings]:
         calibration=_plain(builtin.calibration_records(max(section.calibration_examples, 1), seed)),
     )
     return data, template
+
+
+def data_settings(recipe: Recipe) -> DataSettings:
+    """Return where records are and how much of them goes where."""
+    section = recipe.data
+    path = "" if section.path == BUILTIN else section.path
+    return DataSettings(**{**_values(section, DataSettings), "path": path}, seed=recipe.seed)
+
+
+def template_settings(recipe: Recipe) -> TemplateSettings:
+    """Return how a record becomes text."""
+    if recipe.data.path == BUILTIN:
+        return TemplateSettings(builtin.PROMPT_TEMPLATE, " {response}")
+    given = recipe.data.template
+    assert given is not None  # the recipe was validated
+    return TemplateSettings(given.prompt, given.response, given.chat)
 
 
 def build_fleet(section: FleetSection, count: int, seed: int) -> Fleet:
