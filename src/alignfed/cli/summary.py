@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.table import Table
@@ -30,7 +30,7 @@ def sanitized_table(report: Mapping[str, Any]) -> Table:
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
     harmful = report["harmful_examples"]
-    rows = [
+    rows: list[tuple[str, str, Callable[[float], str]]] = [
         (f"harmful responses given, of {harmful}", "harmful_success", percent),
         ("harmful loss (nats; higher is better)", "harmful_loss", decimal),
         ("evaluation loss (nats)", "eval_loss", decimal),

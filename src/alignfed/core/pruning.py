@@ -116,7 +116,7 @@ def prune_by_gradients(
 
 def _rise(weight: Tensor, harmful: Adapter, useful: Adapter | None, name: str, part: str) -> Tensor:
     """Return how much more the harmful loss rises than the useful one moves, to first order."""
-    rise = -weight.float() * getattr(harmful.lora[name], part).float()
+    rise: Tensor = -weight.float() * getattr(harmful.lora[name], part).float()
     if useful is not None:
         rise -= (weight.float() * getattr(useful.lora[name], part).float()).abs()
     return rise

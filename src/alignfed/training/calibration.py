@@ -79,7 +79,7 @@ class CalibrationBatch:
         self.base.gradients.zero_()
         count = sum(batch.targets.numel() for batch in self._batches)
         for batch in self._batches:
-            (score(self.base, batch).losses.sum() / count).backward()  # type: ignore[no-untyped-call]
+            (score(self.base, batch).losses.sum() / count).backward()
         found = self.base.gradients.to("cpu", copy=True)
         self.base.gradients.zero_()
         return Adapter(self.base.layout, {torch.float32: found})
