@@ -12,9 +12,10 @@ from alignfed.core.adapter import Adapter
 from alignfed.core.events import Event
 from alignfed.core.instructions import Instruction, ServerWork
 from alignfed.core.update import Task
+from alignfed.core.value import value
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class TaskWork:
     """What a task will cost its device, known at dispatch, before anything is computed.
 
@@ -27,7 +28,7 @@ class TaskWork:
     flops_per_token: float
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class TrainingJob:
     """A task and the adapter its client starts from."""
 
@@ -35,7 +36,7 @@ class TrainingJob:
     adapter: Adapter
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class TrainingResult:
     """What local training gives: the trained adapter and what the client reports of it."""
 
@@ -106,7 +107,7 @@ class Calibrator(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class BufferedUpdate:
     """An accepted upload waiting for its flush, without its adapter: a rule keeps what it needs.
 
