@@ -57,5 +57,5 @@ class Update:
     def reported_tokens(self) -> float:
         """Tokens the client says it trained on; 0 where it says nothing that is a count."""
         tokens = self.metrics.get("tokens", 0.0)
-        counts = isinstance(tokens, int | float) and 0.0 < tokens < math.inf
+        counts = isinstance(tokens, (int, float)) and 0.0 < tokens < math.inf
         return float(tokens) if counts else 0.0

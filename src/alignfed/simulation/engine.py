@@ -188,8 +188,9 @@ class Engine:
         """Count what happened in a step that brought the run no nearer to its end."""
         for item in self._happened:
             kind, weight = _kind_and_weight(item)
-            self._state.idle[kind] += 1
-            self._state.idle_events += weight
+            if weight:
+                self._state.idle[kind] += 1
+                self._state.idle_events += weight
 
     # --- what happens on the clock --------------------------------------------------------
 
@@ -264,21 +265,21 @@ class Engine:
 
     def _handle(self, event: Event) -> None:
         waiting, state, parts = self._to_handle, self._state, self._parts
-        handle, journal = parts.coordinator.handle, parts.journal
+        handle, journal, happened = parts.coordinator.handle, parts.journal, self._happened
         waiting.append(event)
         while waiting:
             event = waiting.popleft()
-            self._happened.append(event)
+            happened.append(event)
             state.coordinator, instructions = handle(state.coordinator, event)
             if journal is not None:
                 journal.record(event, instructions)
             for instruction in instructions:
+                happened.append(instruction)
                 self._carry_out(instruction, event.time_s)
 
     def _carry_out(self, instruction: Instruction, time_s: float) -> None:
         match instruction:
             case Dispatch():
-                self._happened.append(instruction)
                 self._start(instruction, max(time_s, self._state.server_free_s))
             case SetTimer():
                 at_s = max(instruction.at_s, self._state.now_s)
@@ -287,9 +288,7 @@ class Engine:
                 self._charge(instruction, time_s)
             case Evaluate():
                 self._evaluate(instruction, time_s)
-            case Reject():
-                self._happened.append(instruction)
-            case Stop():
+            case Reject() | Stop():
                 pass
 
     def _charge(self, publish: Publish, time_s: float) -> None:
@@ -387,6 +386,8 @@ def _kind_and_weight(item: Event | Instruction | TaskLost) -> tuple[str, int]:
             return item.reason.value, REFUSAL_WEIGHT
         case TaskLost():
             return f"task lost: {item.reason}", 1
+        case Publish() | Evaluate() | SetTimer() | Stop():
+            return "", 0  # what the server does itself
     return type(item).__name__, 1
 
 
