@@ -33,7 +33,6 @@ from alignfed.core.instructions import (
     Publish,
     Reject,
     RejectReason,
-    ServerWork,
     SetTimer,
     Stop,
     StopReason,
@@ -319,7 +318,7 @@ class Coordinator:
         if step.adapter.is_finite():
             state.rule_state = rule_state
         else:
-            step = _refused(step, state.adapter)
+            step = step.refused(state.adapter)
         state.buffer.clear()
         self._publish(state, step, updates, out)
         if state.version % self.settings.evaluate_every == 0:
@@ -385,19 +384,6 @@ class Coordinator:
 def _with_layout(adapter: Adapter, layout: AdapterLayout) -> Adapter:
     """Return an adapter of equal layout with the very same one."""
     return adapter if adapter.layout is layout else Adapter(layout, adapter.buffers)
-
-
-def _refused(step: Step, adapter: Adapter) -> Step:
-    """A step with NaN or infinite elements leaves the model as it is, and the record says so."""
-    return Step(
-        adapter=adapter,
-        weights=tuple(0.0 for _ in step.weights),
-        notes={
-            **{name: value for name, value in step.notes.items() if math.isfinite(value)},
-            "step_refused": 1.0,
-        },
-        work=ServerWork(step.work.bytes_moved, step.work.calibration_tokens),
-    )
 
 
 _HANDLERS: dict[type, Callable[[Coordinator, CoordinatorState, Any, list[Instruction]], None]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -207,6 +208,12 @@ class Step:
     weights: tuple[float, ...]
     notes: Mapping[str, float] = field(default_factory=dict)
     work: ServerWork = ServerWork()
+
+    def refused(self, adapter: Adapter) -> Step:
+        """Return a step that leaves ``adapter`` as it is, with a note that says so."""
+        notes = {name: value for name, value in self.notes.items() if math.isfinite(value)}
+        weights = tuple(0.0 for _ in self.weights)
+        return Step(adapter, weights, {**notes, "step_refused": 1.0}, self.work)
 
 
 class Scheduler(Protocol):
