@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from alignfed.core import admission, tasks
-from alignfed.core.adapter import Adapter, distance
+from alignfed.core.adapter import Adapter, AdapterLayout, distance
 from alignfed.core.events import (
     ClientJoined,
     ClientLeft,
@@ -32,7 +33,6 @@ from alignfed.core.instructions import (
     Publish,
     Reject,
     RejectReason,
-    ServerWork,
     SetTimer,
     Stop,
     StopReason,
@@ -44,6 +44,7 @@ from alignfed.core.ports import (
     Calibrator,
     Flush,
     LoraRule,
+    Scheduler,
     Step,
     scheduler_of,
 )
@@ -70,6 +71,11 @@ class Coordinator:
     calibrator: Calibrator | None = None
     exchange: Exchange = WHOLE
 
+    @cached_property
+    def scheduler(self) -> Scheduler | None:
+        """The rule's scheduler, if it has one."""
+        return scheduler_of(self.rule)
+
     def initial_state(self, adapter: Adapter) -> CoordinatorState:
         """Return the state before the first event, with ``adapter`` as version 0."""
         return CoordinatorState(
@@ -77,7 +83,7 @@ class Coordinator:
             rule_state=self.rule.init(adapter),
             norms=admission.NormHistory(self.settings.max_norm_ratio),
             snapshots={0: Snapshot(adapter)},
-            schedule=None if (scheduler := scheduler_of(self.rule)) is None else scheduler.begin(),
+            schedule=None if self.scheduler is None else self.scheduler.begin(),
         )
 
     def handle(
@@ -126,24 +132,24 @@ class Coordinator:
         update = event.update
         task = state.tasks.get(update.task_id)
         snapshot = state.snapshots.get(update.base_version)
-        rejection, adapter, update_norm = self._judge(state, update, task, snapshot)
+        judged = self._judge(state, update, task, snapshot)
+        refused = isinstance(judged, admission.Rejection)
         settings, now_s = self.settings, event.time_s
         if task is not None and task.client_id == update.client_id:
             state.received += 1
             state.tokens += update.reported_tokens
-            tasks.end_task(state, settings, task, now_s, failed=rejection is not None)
-        if rejection is not None:
-            state.rejections[rejection.reason] += 1
-            out.append(Reject(update.task_id, update.client_id, rejection.reason, rejection.detail))
-        elif snapshot is not None:
-            sent = snapshot.sent_to(self.exchange, update.client_id)
-            adapter, base = self.exchange.compared(adapter, sent, snapshot.adapter)
-            self._buffer(state, update, adapter, base, update_norm, now_s)
+            tasks.end_task(state, settings, task, now_s, failed=refused)
+        if isinstance(judged, admission.Rejection):
+            state.rejections[judged.reason] += 1
+            out.append(Reject(update.task_id, update.client_id, judged.reason, judged.detail))
+        else:
+            self._buffer(state, update, *judged, now_s)
         if state.stopped is None:
             self._flush_if_complete(state, now_s, out)
-            if state.stopped is None and state.received >= settings.stop.max_uploads:
+        if state.stopped is None:
+            if state.received >= settings.stop.max_uploads:
                 self._stop(state, now_s, StopReason.MAX_UPLOADS, out)
-            elif state.stopped is None and state.tokens >= settings.stop.max_tokens:
+            elif state.tokens >= settings.stop.max_tokens:
                 self._stop(state, now_s, StopReason.MAX_TOKENS, out)
 
     def _on_task_failed(
@@ -166,7 +172,7 @@ class Coordinator:
             return
         tasks.expire_due(state, self.settings, now_s)
         tasks.end_pauses(state, now_s)
-        if state.flush_due_s <= now_s and scheduler_of(self.rule) is None:
+        if state.flush_due_s <= now_s and self.scheduler is None:
             self._close_round(state, now_s)
             self._flush(state, now_s, out)
         else:
@@ -195,7 +201,7 @@ class Coordinator:
         settings, synchronous = self.settings, self.rule.synchronous
         if synchronous and (state.tasks or state.buffer):
             return
-        given = tasks.hand_out(state, settings, now_s, scheduler_of(self.rule))
+        given = tasks.hand_out(state, settings, now_s, self.scheduler)
         snapshot = state.snapshots[state.version]
         for task in given:
             out.append(Dispatch(task, snapshot.sent_to(self.exchange, task.client_id)))
@@ -210,11 +216,10 @@ class Coordinator:
         update: Update,
         task: Task | None,
         snapshot: Snapshot | None,
-    ) -> tuple[admission.Rejection | None, Adapter, float]:
-        adapter = update.adapter
+    ) -> admission.Rejection | tuple[Adapter, Adapter, float]:
+        """Return why an upload is refused, or the pair that the rules see, and its norm."""
         if state.stopped is not None:
-            over = admission.Rejection(RejectReason.RUN_STOPPED, f"the run ended: {state.stopped}")
-            return over, adapter, 0.0
+            return admission.Rejection(RejectReason.RUN_STOPPED, f"the run ended: {state.stopped}")
         if (
             task is None
             or snapshot is None
@@ -222,7 +227,7 @@ class Coordinator:
             or task.base_version != update.base_version
         ):
             # A task in flight has a client that joined and a version that is held.
-            rejection = admission.check_origin(
+            stranger = admission.check_origin(
                 update,
                 known_client=update.client_id in state.clients,
                 in_flight=task,
@@ -231,14 +236,19 @@ class Coordinator:
                 server_version=state.version,
                 versions=state.snapshots,
             )
-            return rejection, adapter, 0.0
-        sent = snapshot.sent_to(self.exchange, update.client_id)
-        rejection = admission.check_shape(update, self.exchange.upload_layout(sent.layout))
-        if rejection is not None:
-            return rejection, adapter, 0.0
-        adapter = _with_layout(self.exchange.complete(adapter, sent), sent)
+            assert stranger is not None
+            return stranger
+        exchange, sent = self.exchange, snapshot.sent_to(self.exchange, update.client_id)
+        expected = exchange.upload_layout(sent.layout)
+        if (rejection := admission.check_shape(update, expected)) is not None:
+            return rejection
+        # From here on equal layouts are one object, so that nobody compares them again.
+        upload = _with_layout(update.adapter, expected)
+        adapter = _with_layout(exchange.complete(upload, sent), sent.layout)
         update_norm = distance(adapter, sent)
-        return admission.check_numbers(update, update_norm, state.norms), adapter, update_norm
+        if (rejection := admission.check_numbers(update, update_norm, state.norms)) is not None:
+            return rejection
+        return *exchange.compared(adapter, sent, snapshot.adapter), update_norm
 
     def _buffer(
         self,
@@ -276,9 +286,9 @@ class Coordinator:
     ) -> None:
         if self.rule.synchronous:
             complete = not state.tasks
-        elif (scheduler := scheduler_of(self.rule)) is not None:
+        elif self.scheduler is not None:
             accepted = {entry.task_id for entry in state.buffer}
-            complete = scheduler.settle(state.schedule, state.tasks, accepted, now_s)
+            complete = self.scheduler.settle(state.schedule, state.tasks, accepted, now_s)
         else:
             complete = len(state.buffer) >= self.settings.buffer_size
         if complete:
@@ -308,7 +318,7 @@ class Coordinator:
         if step.adapter.is_finite():
             state.rule_state = rule_state
         else:
-            step = _refused(step, state.adapter)
+            step = step.refused(state.adapter)
         state.buffer.clear()
         self._publish(state, step, updates, out)
         if state.version % self.settings.evaluate_every == 0:
@@ -327,7 +337,7 @@ class Coordinator:
             del state.snapshots[state.version]
         adapter = step.adapter
         if adapter.layout == state.adapter.layout:
-            adapter = _with_layout(adapter, state.adapter)
+            adapter = _with_layout(adapter, state.adapter.layout)
         state.version += 1
         state.adapter = adapter
         state.snapshots[state.version] = Snapshot(adapter)
@@ -371,22 +381,9 @@ class Coordinator:
         out.append(Stop(reason, state.version))
 
 
-def _with_layout(adapter: Adapter, like: Adapter) -> Adapter:
-    """Return an adapter of equal layout with the very same one, so that nobody compares again."""
-    return adapter if adapter.layout is like.layout else Adapter(like.layout, adapter.buffers)
-
-
-def _refused(step: Step, adapter: Adapter) -> Step:
-    """A step with NaN or infinite elements leaves the model as it is, and the record says so."""
-    return Step(
-        adapter=adapter,
-        weights=tuple(0.0 for _ in step.weights),
-        notes={
-            **{name: value for name, value in step.notes.items() if math.isfinite(value)},
-            "step_refused": 1.0,
-        },
-        work=ServerWork(step.work.bytes_moved, step.work.calibration_tokens),
-    )
+def _with_layout(adapter: Adapter, layout: AdapterLayout) -> Adapter:
+    """Return an adapter of equal layout with the very same one."""
+    return adapter if adapter.layout is layout else Adapter(layout, adapter.buffers)
 
 
 _HANDLERS: dict[type, Callable[[Coordinator, CoordinatorState, Any, list[Instruction]], None]] = {

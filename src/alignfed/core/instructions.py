@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from alignfed.core.adapter import Adapter
 from alignfed.core.update import Task
+from alignfed.core.value import value
 
 
 class RejectReason(StrEnum):
@@ -42,7 +43,7 @@ class StopReason(StrEnum):
     PATIENCE = "patience"
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Dispatch:
     """Send a task and the adapter of its base version to its client."""
 
@@ -60,7 +61,7 @@ class Reject:
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class AppliedUpload:
     """What one upload did in a flush.
 
@@ -90,7 +91,7 @@ class ServerWork:
     calibration_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Publish:
     """A flush made a new server version.
 
@@ -109,7 +110,7 @@ class Publish:
     work: ServerWork = ServerWork()
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Evaluate:
     """Score a version on the common evaluation set and answer with ``EvaluationFinished``."""
 
@@ -117,7 +118,7 @@ class Evaluate:
     adapter: Adapter
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class SetTimer:
     """Answer with ``TimerFired`` at ``at_s``. Earlier timers stay set."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,9 +13,10 @@ from alignfed.core.adapter import Adapter
 from alignfed.core.events import Event
 from alignfed.core.instructions import Instruction, ServerWork
 from alignfed.core.update import Task
+from alignfed.core.value import value
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class TaskWork:
     """What a task will cost its device, known at dispatch, before anything is computed.
 
@@ -27,7 +29,7 @@ class TaskWork:
     flops_per_token: float
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class TrainingJob:
     """A task and the adapter its client starts from."""
 
@@ -35,7 +37,7 @@ class TrainingJob:
     adapter: Adapter
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class TrainingResult:
     """What local training gives: the trained adapter and what the client reports of it."""
 
@@ -106,7 +108,7 @@ class Calibrator(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class BufferedUpdate:
     """An accepted upload waiting for its flush, without its adapter: a rule keeps what it needs.
 
@@ -206,6 +208,12 @@ class Step:
     weights: tuple[float, ...]
     notes: Mapping[str, float] = field(default_factory=dict)
     work: ServerWork = ServerWork()
+
+    def refused(self, adapter: Adapter) -> Step:
+        """Return a step that leaves ``adapter`` as it is, with a note that says so."""
+        notes = {name: value for name, value in self.notes.items() if math.isfinite(value)}
+        weights = tuple(0.0 for _ in self.weights)
+        return Step(adapter, weights, {**notes, "step_refused": 1.0}, self.work)
 
 
 class Scheduler(Protocol):

@@ -11,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from alignfed.core.adapter import Adapter
 from alignfed.core.coordinator import Coordinator
@@ -104,8 +105,8 @@ class Engine:
         self._parts = parts
         self._state = EngineState(parts.coordinator.initial_state(adapter))
         self._clock: VirtualClock[ClockEvent] = VirtualClock()
-        self._to_handle: deque[Event] = deque()
         self._begun = False
+        self._prepare()
 
     @classmethod
     def restore(cls, parts: EngineParts, state: EngineState) -> Engine:
@@ -114,9 +115,18 @@ class Engine:
         engine._parts = parts
         engine._state = state
         engine._clock = VirtualClock.restore(state.now_s, state.sequence, state.pending)
-        engine._to_handle = deque()
         engine._begun = state.coordinator.started
+        engine._prepare()
         return engine
+
+    def _prepare(self) -> None:
+        """Set up what lasts no longer than a step, and what the parts fix for the whole run."""
+        self._to_handle: deque[Event] = deque()
+        self._happened: list[Event | Instruction | TaskLost] = []
+        self._idle_limit = self._parts.idle_limit
+        # Accepted uploads bring the run nearer to its end, or answers where those do.
+        max_uploads = self._parts.coordinator.settings.stop.max_uploads
+        self._progress = attrgetter("accepted" if math.isinf(max_uploads) else "received")
 
     def snapshot(self) -> EngineState:
         """Return the complete state, to be written down before the next step."""
@@ -147,15 +157,16 @@ class Engine:
         clock runs empty (every client gone for good), or timers and availability keep it full
         while nothing brings the run nearer to its end (``EngineParts.idle_limit``).
         """
-        if self.finished or self._state.idle_events > self._parts.idle_limit:
+        state, progress = self._state, self._progress
+        if state.coordinator.stopped is not None or state.idle_events > self._idle_limit:
             return False
         if not self._begun:
             self._begin()
             return not self.finished
         if not len(self._clock):
             return False
-        self._state.now_s, event = self._clock.pop()
-        before = self._progress()
+        state.now_s, event = self._clock.pop()
+        before = progress(state.coordinator)
         match event:
             case UploadDue():
                 self._on_upload_due(event)
@@ -165,19 +176,21 @@ class Engine:
                 self._on_availability_changed(event)
             case TimerFired():
                 self._handle(TimerFired(self._server_time()))
-        if self._progress() != before:
-            self._state.idle.clear()
-            self._state.idle_events = 0
+        if progress(state.coordinator) == before:
+            self._note_idle()
+        elif state.idle_events:
+            state.idle.clear()
+            state.idle_events = 0
+        self._happened.clear()
         return not self.finished
 
-    def _progress(self) -> int:
-        """What brings the run nearer to its end: accepted uploads, or answers where those do."""
-        state, stop = self._state.coordinator, self._parts.coordinator.settings.stop
-        return state.accepted if math.isinf(stop.max_uploads) else state.received
-
-    def _note_idle(self, kind: str, weight: int = 1) -> None:
-        self._state.idle[kind] += 1
-        self._state.idle_events += weight
+    def _note_idle(self) -> None:
+        """Count what happened in a step that brought the run no nearer to its end."""
+        for item in self._happened:
+            kind, weight = _kind_and_weight(item)
+            if weight:
+                self._state.idle[kind] += 1
+                self._state.idle_events += weight
 
     # --- what happens on the clock --------------------------------------------------------
 
@@ -189,6 +202,8 @@ class Engine:
                 self._handle(ClientJoined(0.0, client_id))
             self._schedule_availability(client_id, 0.0)
         self._handle(RunStarted(0.0))
+        self._note_idle()
+        self._happened.clear()
 
     def _on_upload_due(self, due: UploadDue) -> None:
         state = self._state
@@ -224,7 +239,7 @@ class Engine:
             return
         self._release(running)
         self._state.lost_tasks += 1
-        self._note_idle(f"task lost: {lost.reason}")
+        self._happened.append(lost)
         if lost.reported:
             task = running.task
             self._handle(TaskFailed(self._server_time(), task.task_id, task.client_id, lost.reason))
@@ -250,21 +265,21 @@ class Engine:
 
     def _handle(self, event: Event) -> None:
         waiting, state, parts = self._to_handle, self._state, self._parts
-        handle, journal = parts.coordinator.handle, parts.journal
+        handle, journal, happened = parts.coordinator.handle, parts.journal, self._happened
         waiting.append(event)
         while waiting:
             event = waiting.popleft()
-            self._note_idle(type(event).__name__)
+            happened.append(event)
             state.coordinator, instructions = handle(state.coordinator, event)
             if journal is not None:
                 journal.record(event, instructions)
             for instruction in instructions:
+                happened.append(instruction)
                 self._carry_out(instruction, event.time_s)
 
     def _carry_out(self, instruction: Instruction, time_s: float) -> None:
         match instruction:
             case Dispatch():
-                self._note_idle("Dispatch", DISPATCH_WEIGHT)
                 self._start(instruction, max(time_s, self._state.server_free_s))
             case SetTimer():
                 at_s = max(instruction.at_s, self._state.now_s)
@@ -273,9 +288,7 @@ class Engine:
                 self._charge(instruction, time_s)
             case Evaluate():
                 self._evaluate(instruction, time_s)
-            case Reject():
-                self._note_idle(instruction.reason.value, REFUSAL_WEIGHT)
-            case Stop():
+            case Reject() | Stop():
                 pass
 
     def _charge(self, publish: Publish, time_s: float) -> None:
@@ -362,6 +375,20 @@ class Engine:
         # Those already computed count too: they arrive before the run ends and use up its limit.
         within = others if math.isinf(remaining) else others[: int(remaining)]
         return [running for _, _, running in within if running.result is None][:width]
+
+
+def _kind_and_weight(item: Event | Instruction | TaskLost) -> tuple[str, int]:
+    """Return what an idle run's report calls an item, and the events it counts as."""
+    match item:
+        case Dispatch():
+            return "Dispatch", DISPATCH_WEIGHT
+        case Reject():
+            return item.reason.value, REFUSAL_WEIGHT
+        case TaskLost():
+            return f"task lost: {item.reason}", 1
+        case Publish() | Evaluate() | SetTimer() | Stop():
+            return "", 0  # what the server does itself
+    return type(item).__name__, 1
 
 
 def own_adapters(parts: EngineParts, state: EngineState, adapter: Adapter) -> Mapping[int, Adapter]:
