@@ -161,3 +161,9 @@ def test_ablation_regimes_must_fit_the_clients():
         default_recipe(["ablate.clients=10"])
     with pytest.raises(RecipeError, match=r"ablate\.buffers"):
         default_recipe(["ablate.buffers=[4]"])
+
+
+def test_a_target_score_without_a_scorer_is_refused_by_a_study_and_by_nothing_else():
+    recipe = default_recipe(["evaluation.scorer=none"])
+    with pytest.raises(RecipeError, match="needs a score"):
+        target_of(recipe)
