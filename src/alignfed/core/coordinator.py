@@ -46,6 +46,7 @@ from alignfed.core.ports import (
     LoraRule,
     Step,
     scheduler_of,
+    work_ahead,
 )
 from alignfed.core.state import CoordinatorSettings, CoordinatorState, Snapshot
 from alignfed.core.update import Task, Update
@@ -270,6 +271,7 @@ class Coordinator:
         )
         state.buffer.append(entry)
         state.gathered = rule.receive(state.gathered, entry, adapter, base, self.lora)
+        work_ahead(rule, state.gathered, state.adapter, self.lora)
 
     def _flush_if_complete(
         self, state: CoordinatorState, now_s: float, out: list[Instruction]
