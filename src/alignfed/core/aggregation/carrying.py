@@ -63,6 +63,16 @@ class _Region:
         """The dimension that is cut into blocks; a map works on the other one."""
         return 1 if self.part == "a" else 0
 
+    @property
+    def step(self) -> int:
+        """How many columns (or rows) make a block."""
+        return min(self.shape[self.cut], max(1, BLOCK // max(1, self.shape[1 - self.cut])))
+
+    @property
+    def largest_block(self) -> int:
+        """Elements of a block."""
+        return self.step * self.shape[1 - self.cut]
+
     def of(self, adapter: Adapter) -> Tensor:
         """Return the matrix in an adapter."""
         size = self.shape[0] * self.shape[1]
@@ -88,8 +98,14 @@ def carried_products(
     """
     found = torch.zeros(2, len(updates) - first, len(updates), dtype=torch.float64)
     told_apart = any(run.maps for run in runs)
-    for region in _regions(layout, told_apart):
-        products = _region_products(region, updates, runs, first)
+    regions = list(_regions(layout, told_apart))
+    largest = max((region.largest_block for region in regions), default=0)
+    device = next(iter(updates[0].buffers.values())).device
+    # fp32 whatever the adapters hold: a difference of two halves may need more digits than one.
+    room = torch.empty(len(updates) * largest, dtype=torch.float32, device=device)
+    scratch = torch.empty(max(SCRATCH, largest), dtype=torch.float32, device=device)
+    for region in regions:
+        products = _region_products(region, updates, runs, first, room, scratch)
         found[int(told_apart and region.part == "dense")] += products
     return found
 
@@ -107,18 +123,19 @@ def _regions(layout: AdapterLayout, told_apart: bool) -> Iterator[_Region]:
 
 
 def _region_products(
-    region: _Region, updates: Sequence[Adapter], runs: Sequence[Run], first: int
+    region: _Region,
+    updates: Sequence[Adapter],
+    runs: Sequence[Run],
+    first: int,
+    room: Tensor,
+    scratch: Tensor,
 ) -> Tensor:
-    count, cut = len(updates), region.cut
+    """Return the products over one region; ``room`` takes a block of all, ``scratch`` of a few."""
+    count, cut, step = len(updates), region.cut, region.step
     new = [region.of(update) for update in updates]
     old = [region.of(run.base) for run in runs]
     length, depth = region.shape[cut], region.shape[1 - cut]
-    step = min(length, max(1, BLOCK // depth))
-    members = max(1, SCRATCH // (step * depth))
-    device = new[0].device
-    # fp32 whatever the adapters hold: a difference of two halves may need more digits than one.
-    room = torch.empty(count * step * depth, dtype=torch.float32, device=device)
-    scratch = torch.empty(members * step * depth, dtype=torch.float32, device=device)
+    members = max(1, SCRATCH // max(1, region.largest_block))
     found = torch.zeros(count - first, count, dtype=torch.float64)
     for begin in range(0, length, step):
         width = min(step, length - begin)
