@@ -318,7 +318,7 @@ def _damped_solve(gram: Tensor, cross: Tensor, floor: Tensor) -> Tensor:
 
 
 def _replay_gram(turn: Tensor, new: Tensor, old: Tensor) -> ReplayGrams:
-    # What moved is small beside what did not: it is taken first, and its products stay exact to fp32.
+    # Taken first: it is small beside what did not move, and its products stay exact to fp32.
     moved = new - old
     now, cross, square = (new @ new.T, new @ moved.T, moved @ moved.T)
     return ReplayGrams(turn, now.double(), cross.double(), square.double())

@@ -26,7 +26,6 @@ from torch import Tensor
 from alignfed.core.adapter import Adapter
 from alignfed.core.aggregation import alignfed_paper
 from alignfed.core.aggregation.compared import (
-    TOGETHER,
     ComparedUpdates,
     carried,
     compare,
@@ -50,7 +49,7 @@ from alignfed.core.grouping import damp_deviations
 from alignfed.core.guard import guarded_step
 from alignfed.core.instructions import ServerWork
 from alignfed.core.lora import is_linear, space_of
-from alignfed.core.lora.factor import FactorSum, summed
+from alignfed.core.lora.factor import FactorSum
 from alignfed.core.ports import BufferedUpdate, Flush, LoraRule, Step
 
 REMEMBERED_NORMS = 32
@@ -162,9 +161,8 @@ class AlignFed:
         return gather(gathered, entry, update, base)
 
     def ahead(self, gathered: ComparedUpdates, current: Adapter, lora: LoraRule) -> None:
-        """Compare updates with each other as they arrive, a few at a time."""
-        waiting = len(gathered.entries) - gathered.compared
-        if waiting >= TOGETHER and self._compares_ahead(lora):
+        """Compare updates with each other as they arrive, some at a time."""
+        if gathered.is_due and self._compares_ahead(lora):
             compare(gathered, current, self._ridge)
 
     def apply(
@@ -221,8 +219,7 @@ class AlignFed:
         compare(gathered, flush.adapter, self._ridge)
         found = carried(gathered)
         plan = self._plan(flush, found.gram, state.norms)
-        total, notes = step_of(gathered, plan.coefficients, found.shortened, flush.adapter)
-        sums = summed(total)
+        sums, notes = step_of(gathered, plan.coefficients, found.shortened, flush.adapter)
 
         def candidate(scale: float) -> Adapter:
             return flush.lora.move(flush.adapter, FactorSum(list(sums)) if sums else None, scale)

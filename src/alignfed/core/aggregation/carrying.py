@@ -22,6 +22,9 @@ BLOCK = 1 << 15
 SCRATCH = 1 << 17
 """Elements that are mapped at a time."""
 
+SLAB = 1 << 12
+"""Elements of every row that are multiplied at a time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -157,12 +160,16 @@ def _region_products(
                     torch.mm(turn.left, deltas.flatten(1), out=target.flatten(1))
                 else:
                     torch.mm(deltas.flatten(0, 1), turn.right, out=target.flatten(0, 1))
-        if cut:
-            found += torch.bmm(rows[:, first:], rows.transpose(1, 2)).double().sum(0).cpu()
-        else:
-            vectors = rows.flatten(1)
-            found += (vectors[first:] @ vectors.T).double().cpu()
+        slabs = rows if cut else _slabs(rows.flatten(1))
+        found += torch.bmm(slabs[:, first:], slabs.transpose(1, 2)).double().sum(0).cpu()
     return found
+
+
+def _slabs(vectors: Tensor) -> Tensor:
+    """Return vectors cut into ``(pieces, count, SLAB)``: short rows are multiplied faster."""
+    count, length = vectors.shape
+    slab = SLAB if length % SLAB == 0 else length
+    return vectors.view(count, -1, slab).transpose(0, 1)
 
 
 def _stacked(room: Tensor, count: int, width: int, depth: int, cut: int) -> Tensor:

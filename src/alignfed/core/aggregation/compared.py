@@ -14,22 +14,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from alignfed.core.adapter import Adapter, AdapterLayout, require_same_layout
+from alignfed.core.adapter import Adapter, AdapterLayout, Term, pieces, require_same_layout
 from alignfed.core.aggregation.carrying import Run, carried_products
 from alignfed.core.aggregation.held import Pair
 from alignfed.core.alignment import RankMap, rank_maps, replay_errors, replay_grams
 from alignfed.core.grouping import group_by_version
-from alignfed.core.lora.factor import FactorMean, FactorSum, summed
 from alignfed.core.ports import BufferedUpdate
 
-TOGETHER = 16
-"""Uploads that wait until they are compared with all before them; the flush compares the rest.
+FEWEST = 4
+"""Uploads that wait at least until they are compared."""
 
-The updates before them are read and mapped again each time, and a product of one row with many
-costs several times as much a row as one of many rows.
-"""
-
-_FACTORS = FactorMean()
+PIECE = 1 << 16
+"""Elements of the step that are summed at a time."""
 
 
 @dataclass(slots=True)
@@ -53,6 +49,16 @@ class ComparedUpdates:
     def compared(self) -> int:
         """How many are compared already: the first so many."""
         return 0 if self.grams is None else self.grams.shape[1]
+
+    @property
+    def is_due(self) -> bool:
+        """Whether as many wait as were compared before.
+
+        Those before are read and mapped again each time, and many rows are multiplied faster than
+        one: so buffers are compared at 4, 8, 16, 32, ... uploads. All of it costs less than twice
+        one comparison of everything at the flush, which is left with half of the buffer at most.
+        """
+        return len(self.entries) - self.compared >= max(FEWEST, self.compared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +141,12 @@ def step_of(
     coefficients: Sequence[float],
     shortened: Sequence[float],
     current: Adapter,
-) -> tuple[FactorSum, Mapping[str, float]]:
-    """Return the weighted sum of the carried updates, for ``move``, and what to record of the maps.
+) -> tuple[list[Tensor], Mapping[str, float]]:
+    """Return the weighted sum of the carried updates, and what to record of the maps.
 
-    ``alignment_gain`` is the share of the first-order replay error of each version's sum that its
-    map removes (see ``replay_errors``).
+    The sum is fp32, one tensor for each flat buffer; empty if nothing moves. ``alignment_gain`` is
+    the share of the first-order replay error of each version's sum that its map removes (see
+    ``replay_errors``).
 
     Args:
         gathered: the updates.
@@ -147,29 +154,64 @@ def step_of(
         shortened: as ``carried`` returned them.
         current: the current version's adapter.
     """
-    total, moving = FactorSum(), FactorSum()
+    sizes = current.layout.sizes
+    totals: list[Tensor] = []
+    scratch: list[Tensor] = []
     without = aligned = 0.0
     versions = [entry.base_version for entry in gathered.entries]
     for version, positions in group_by_version(versions).items():
-        target = moving if version in gathered.maps else total
-        for i in positions:
-            factor = coefficients[i] * shortened[i]
-            if gathered.entries[i].norm > 0 and factor != 0:  # else every bit stays as it is
-                _FACTORS.add(target, factor, *gathered.pairs[i], version)
-        if not moving.shares:
+        terms = [
+            (coefficients[i] * shortened[i], gathered.pairs[i][0])
+            for i in positions
+            if gathered.entries[i].norm > 0 and coefficients[i] != 0
+        ]
+        if not terms:  # every bit stays as it is
             continue
-        sums = summed(moving)
+        if not totals:
+            totals = _zeros(current)
+        base = gathered.pairs[positions[0]][1]
+        if version not in gathered.maps:
+            _add_differences(totals, terms, base)
+            continue
+        scratch = [part.zero_() for part in scratch] or _zeros(current)
+        _add_differences(scratch, terms, base)
         factors = {i: coefficients[i] * (1.0 - shortened[i]) for i in positions}
-        _restore_dense(sums, gathered, factors)
-        base, maps = gathered.pairs[positions[0]][1], _views(gathered.maps[version], current.layout)
-        raw = Adapter(current.layout, dict(zip(current.layout.sizes, sums, strict=True)))
+        _restore_dense(scratch, gathered, factors)
+        maps = _views(gathered.maps[version], current.layout)
+        raw = Adapter(current.layout, dict(zip(sizes, scratch, strict=True)))
         errors = replay_errors(replay_grams(maps, base, current), raw)
         without, aligned = without + errors[0], aligned + errors[1]
-        if not total.totals:
-            total.totals = [torch.zeros_like(part) for part in sums]
-        _add_carried(total.totals, raw, maps)
-        moving = FactorSum(totals=[part.zero_() for part in sums])
-    return total, {"alignment_gain": 1.0 - math.sqrt(aligned / without)} if without > 0 else {}
+        _add_carried(totals, raw, maps)
+    return totals, {"alignment_gain": 1.0 - math.sqrt(aligned / without)} if without > 0 else {}
+
+
+def _zeros(current: Adapter) -> list[Tensor]:
+    return [
+        torch.zeros_like(current.buffers[dtype], dtype=torch.float32)
+        for dtype in current.layout.sizes
+    ]
+
+
+def _add_differences(totals: Sequence[Tensor], terms: Sequence[Term], base: Adapter) -> None:
+    """Add ``sum_j c_j (update_j - base)``, a piece of everything at a time, in cache."""
+    for total, (dtype, old) in zip(totals, _in_order(base), strict=True):
+        room = torch.empty(min(PIECE, total.numel()), dtype=torch.float32, device=total.device)
+        updates = [(c, pieces(update.buffers[dtype], PIECE)) for c, update in terms]
+        for number, (part, before) in enumerate(
+            zip(pieces(total, PIECE), pieces(old, PIECE), strict=True)
+        ):
+            delta = room[: part.numel()]
+            for coefficient, cut in updates:
+                # The difference first: what did not move, A under FFA-LoRA, adds an exact zero.
+                if dtype is torch.float32:
+                    torch.sub(cut[number], before, out=delta)
+                else:
+                    delta.copy_(cut[number]).sub_(before)
+                part.add_(delta, alpha=coefficient)
+
+
+def _in_order(adapter: Adapter) -> list[tuple[torch.dtype, Tensor]]:
+    return [(dtype, adapter.buffers[dtype]) for dtype in adapter.layout.sizes]
 
 
 def _runs(gathered: ComparedUpdates, order: Sequence[int], layout: AdapterLayout) -> list[Run]:

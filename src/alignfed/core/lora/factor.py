@@ -115,26 +115,15 @@ class FactorMean:
         """
         if total is None:
             return current
-        for base in total.bases.values():
+        _add_waiting(total)
+        for version, base in total.bases.items():
             require_same_layout(current, base)
+            total.waiting.append((-total.shares[version], base))
+        _add_waiting(total)
         buffers = {}
-        for step, dtype in zip(summed(total), current.layout.sizes, strict=True):
+        for step, dtype in zip(total.totals, current.layout.sizes, strict=True):
             buffers[dtype] = torch.add(current.buffers[dtype], step, alpha=scale).to(dtype)
         return Adapter(current.layout, buffers)
-
-
-def summed(total: FactorSum) -> list[Tensor]:
-    """Return ``sum_j c_j (update_j - base_j)``, fp32, one tensor for each flat buffer.
-
-    They are the sum's own; calling again returns them again.
-    """
-    _add_waiting(total)
-    for version, base in total.bases.items():
-        total.waiting.append((-total.shares[version], base))
-    total.bases.clear()
-    total.shares.clear()
-    _add_waiting(total)
-    return total.totals
 
 
 def _add_waiting(total: FactorSum) -> None:
