@@ -24,6 +24,7 @@ from alignfed.core.events import (
     TimerFired,
     UpdateArrived,
 )
+from alignfed.core.guard import refused_step
 from alignfed.core.instructions import (
     AppliedUpload,
     Dispatch,
@@ -32,7 +33,6 @@ from alignfed.core.instructions import (
     Publish,
     Reject,
     RejectReason,
-    ServerWork,
     SetTimer,
     Stop,
     StopReason,
@@ -63,6 +63,8 @@ class Coordinator:
         lora: how LoRA factors combine.
         calibrator: the server's calibration mini-batch, if it holds one.
         exchange: what of an adapter travels, and at which rank.
+        put_by: returns an accepted upload as it is to wait, for example mapped from disk; None
+            leaves it as it came.
     """
 
     settings: CoordinatorSettings
@@ -70,6 +72,7 @@ class Coordinator:
     lora: LoraRule
     calibrator: Calibrator | None = None
     exchange: Exchange = WHOLE
+    put_by: Callable[[Adapter], Adapter] | None = None
 
     def initial_state(self, adapter: Adapter) -> CoordinatorState:
         """Return the state before the first event, with ``adapter`` as version 0."""
@@ -270,6 +273,8 @@ class Coordinator:
             adapter.layout.size_bytes + base.layout.size_bytes,
         )
         state.buffer.append(entry)
+        if self.put_by is not None:
+            adapter = self.put_by(adapter)
         state.gathered = rule.receive(state.gathered, entry, adapter, base, self.lora)
         work_ahead(rule, state.gathered, state.adapter, self.lora)
 
@@ -310,7 +315,7 @@ class Coordinator:
         if step.adapter.is_finite():
             state.rule_state = rule_state
         else:
-            step = _refused(step, state.adapter)
+            step = refused_step(step, state.adapter)
         state.buffer.clear()
         self._publish(state, step, updates, out)
         if state.version % self.settings.evaluate_every == 0:
@@ -376,19 +381,6 @@ class Coordinator:
 def _with_layout(adapter: Adapter, like: Adapter) -> Adapter:
     """Return an adapter of equal layout with the very same one, so that nobody compares again."""
     return adapter if adapter.layout is like.layout else Adapter(like.layout, adapter.buffers)
-
-
-def _refused(step: Step, adapter: Adapter) -> Step:
-    """A step with NaN or infinite elements leaves the model as it is, and the record says so."""
-    return Step(
-        adapter=adapter,
-        weights=tuple(0.0 for _ in step.weights),
-        notes={
-            **{name: value for name, value in step.notes.items() if math.isfinite(value)},
-            "step_refused": 1.0,
-        },
-        work=ServerWork(step.work.bytes_moved, step.work.calibration_tokens),
-    )
 
 
 _HANDLERS: dict[type, Callable[[Coordinator, CoordinatorState, Any, list[Instruction]], None]] = {

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from alignfed.core.adapter import Adapter
-from alignfed.core.ports import Calibrator
+from alignfed.core.instructions import ServerWork
+from alignfed.core.ports import Calibrator, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,3 +57,16 @@ def guarded_step(
             return GuardedStep(adapter, scale, loss, scale, tried + 1)
         scale /= 2
     return GuardedStep(current, 0.0, loss_before, scale * 2, max_backtracks + 1)
+
+
+def refused_step(step: Step, adapter: Adapter) -> Step:
+    """Return no step instead of one with NaN or infinite elements; its notes say so."""
+    return Step(
+        adapter=adapter,
+        weights=tuple(0.0 for _ in step.weights),
+        notes={
+            **{name: value for name, value in step.notes.items() if math.isfinite(value)},
+            "step_refused": 1.0,
+        },
+        work=ServerWork(step.work.bytes_moved, step.work.calibration_tokens),
+    )
