@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from alignfed.core.lora import Exchange, exchange_of, make_lora_rule
 from alignfed.core.ports import ClientTrainer, Evaluation, Journal
 from alignfed.core.state import CoordinatorSettings, StopConditions
 from alignfed.errors import FleetError, RecipeError
+from alignfed.journal.spill import spilled
 from alignfed.simulation.conditions import Conditions, GeneratedConditions, Variation
 from alignfed.simulation.cost import (
     ServerProfile,
@@ -162,7 +164,7 @@ def assemble(loaded: Loaded, recipe: Recipe) -> Simulation:
     def evaluate(adapter: Adapter) -> Evaluation:
         return evaluator.evaluate(adapter, with_score=with_score)
 
-    personal = loaded.personal
+    personal, folder = loaded.personal, recipe.server.buffer_folder
     parts = EngineParts(
         coordinator=Coordinator(
             build_settings(recipe),
@@ -170,6 +172,7 @@ def assemble(loaded: Loaded, recipe: Recipe) -> Simulation:
             make_lora_rule(recipe.strategy.lora),
             loaded.calibrator,
             build_exchange(recipe, fleet, base.initial_adapter()),
+            None if folder is None else partial(spilled, folder=Path(folder)),
         ),
         trainer=loaded.trainer,
         fleet=fleet,

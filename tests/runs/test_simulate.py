@@ -100,6 +100,14 @@ def test_the_same_seed_gives_the_same_journal_rows_and_the_same_adapter(finished
     assert other.summary["adapter_checksum"] != finished.summary["adapter_checksum"]
 
 
+def test_a_buffer_on_disk_changes_no_bit_and_leaves_nothing_behind(finished, tmp_path):
+    folder = tmp_path / "buffer"
+    overrides = [*SMALL, f"server.buffer_folder={folder}"]
+    mapped = alignfed.simulate(None, tmp_path / "mapped", overrides=overrides)
+    assert mapped.summary["adapter_checksum"] == finished.summary["adapter_checksum"]
+    assert list(folder.iterdir()) == []
+
+
 @pytest.mark.parametrize("rule", sorted(set(RULES) - {"alignfed"}))
 def test_every_rule_learns_on_the_built_in_data(rule, tmp_path):
     overrides = [*SMALL, f"strategy.rule={rule}", *STEPS.get(rule, ())]

@@ -118,6 +118,12 @@ class ServerSection(Section):
         20e9, "The server's memory bandwidth, for its modelled time.", gt=0
     )
     flops_per_s: float = key(1e12, "The server's achieved FLOP/s, for its modelled time.", gt=0)
+    buffer_folder: str | None = key(
+        None,
+        "Folder on disk where accepted uploads wait, mapped into memory: for buffers larger than"
+        " memory under rules that hold them (ace, alignfed, ca2fl, port). Unset: memory.",
+        suggested="buffer",
+    )
 
     @model_validator(mode="after")
     def _backoff_grows(self) -> ServerSection:

@@ -47,6 +47,7 @@ from alignfed.core.ports import (
     Scheduler,
     Step,
     scheduler_of,
+    work_ahead,
 )
 from alignfed.core.state import CoordinatorSettings, CoordinatorState, Snapshot
 from alignfed.core.update import Task, Update
@@ -63,6 +64,8 @@ class Coordinator:
         lora: how LoRA factors combine.
         calibrator: the server's calibration mini-batch, if it holds one.
         exchange: what of an adapter travels, and at which rank.
+        put_by: returns an accepted upload as it is to wait, for example mapped from disk; None
+            leaves it as it came.
     """
 
     settings: CoordinatorSettings
@@ -70,6 +73,7 @@ class Coordinator:
     lora: LoraRule
     calibrator: Calibrator | None = None
     exchange: Exchange = WHOLE
+    put_by: Callable[[Adapter], Adapter] | None = None
 
     @cached_property
     def scheduler(self) -> Scheduler | None:
@@ -279,7 +283,10 @@ class Coordinator:
             adapter.layout.size_bytes + base.layout.size_bytes,
         )
         state.buffer.append(entry)
+        if self.put_by is not None:
+            adapter = self.put_by(adapter)
         state.gathered = rule.receive(state.gathered, entry, adapter, base, self.lora)
+        work_ahead(rule, state.gathered, state.adapter, self.lora)
 
     def _flush_if_complete(
         self, state: CoordinatorState, now_s: float, out: list[Instruction]

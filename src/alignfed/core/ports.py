@@ -252,10 +252,28 @@ def scheduler_of(rule: AggregationRule) -> Scheduler | None:
     return scheduler
 
 
+def work_ahead(rule: AggregationRule, gathered: Any, current: Adapter, lora: LoraRule) -> None:
+    """Let a rule do on an upload's arrival what need not wait for the flush; most have nothing.
+
+    Such a rule has a method ``ahead(gathered, current, lora)``, which changes what is gathered in
+    place. It saves the flush time and changes its result by rounding at most.
+
+    Args:
+        rule: the rule.
+        gathered: what its ``receive`` returned last.
+        current: the current version's adapter, which the flush will move.
+        lora: how factors combine.
+    """
+    ahead = getattr(rule, "ahead", None)
+    if ahead is not None:
+        ahead(gathered, current, lora)
+
+
 class AggregationRule(Protocol):
     """Three functions without a memory of their own: state in, state out.
 
-    A rule may bring a ``scheduler`` (see ``Scheduler``) and a ``proximal_mu`` for local training.
+    A rule may bring a ``scheduler`` (see ``Scheduler``), work ``ahead`` of its flush (see
+    ``work_ahead``) and a ``proximal_mu`` for local training.
 
     ``state`` lives from flush to flush. What is gathered lives from one flush to the next and
     holds the buffered adapters, or their sum, in whatever form the rule wants them; both are
@@ -317,4 +335,5 @@ __all__ = [
     "TrainingJob",
     "TrainingResult",
     "scheduler_of",
+    "work_ahead",
 ]
