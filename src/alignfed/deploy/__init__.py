@@ -1,0 +1,1 @@
+"""Real machines: keys, registry, processes and commands of a deployment behind Flower."""
