@@ -29,6 +29,9 @@ class RejectReason(StrEnum):
     NO_EXAMPLES = "no_examples"
     OUTLYING_NORM = "outlying_norm"
     RUN_STOPPED = "run_stopped"
+    MALFORMED = "malformed"
+    TOO_LARGE = "too_large"
+    BAD_CHECKSUM = "bad_checksum"
 
 
 class StopReason(StrEnum):
