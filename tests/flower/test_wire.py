@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignfed.core.adapter import Adapter, LoraFactors, difference, norm
-from alignfed.core.instructions import RejectReason
+from alignfed.core.reasons import RejectReason
 from alignfed.core.lora import exchange_of
 from alignfed.errors import AdapterError
 from alignfed.flower.blob import FIELDS, WireError, canonical, pack

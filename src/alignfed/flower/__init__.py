@@ -1,1 +1,1 @@
-"""The coordinator behind Flower: words on the wire, the device's side, the server's side."""
+"""Flower as the way to real devices: the words on the wire, and both ends of it."""

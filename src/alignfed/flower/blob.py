@@ -19,7 +19,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
 from torch import Tensor
 
-from alignfed.core.instructions import RejectReason
+from alignfed.core.reasons import RejectReason
 from alignfed.errors import AlignFedError
 
 FIELDS = "alignfed"
@@ -149,7 +149,7 @@ def unpack(
     if claimed != (digest := _digest(fields, seen)):
         raise WireError(
             f"its checksum is {digest[:12]}, it claims {str(claimed)[:12]}: damaged on the way",
-            RejectReason.BAD_CHECKSUM,
+            RejectReason.WRONG_CHECKSUM,
         )
     return tensors
 

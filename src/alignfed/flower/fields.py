@@ -11,7 +11,7 @@ from dataclasses import astuple
 from typing import Any
 
 from alignfed.core.adapter import DTYPES, AdapterLayout, DenseShape, LoraShape
-from alignfed.core.instructions import RejectReason
+from alignfed.core.reasons import RejectReason
 from alignfed.errors import AdapterError
 from alignfed.flower.blob import WireError
 
