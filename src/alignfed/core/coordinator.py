@@ -23,6 +23,7 @@ from alignfed.core.events import (
     TaskFailed,
     TimerFired,
     UpdateArrived,
+    UploadRefused,
 )
 from alignfed.core.instructions import (
     AppliedUpload,
@@ -32,7 +33,6 @@ from alignfed.core.instructions import (
     Publish,
     Reject,
     RejectReason,
-    ServerWork,
     SetTimer,
     Stop,
     StopReason,
@@ -48,6 +48,7 @@ from alignfed.core.ports import (
     scheduler_of,
 )
 from alignfed.core.state import CoordinatorSettings, CoordinatorState, Snapshot
+from alignfed.core.steps import refused, with_layout
 from alignfed.core.update import Task, Update
 from alignfed.errors import CoordinatorError
 
@@ -139,12 +140,27 @@ class Coordinator:
             sent = snapshot.sent_to(self.exchange, update.client_id)
             adapter, base = self.exchange.compared(adapter, sent, snapshot.adapter)
             self._buffer(state, update, adapter, base, update_norm, now_s)
+        self._after_answer(state, now_s, out)
+
+    def _on_upload_refused(
+        self, state: CoordinatorState, event: UploadRefused, out: list[Instruction]
+    ) -> None:
+        task = state.tasks.get(event.task_id)
+        if task is not None and task.client_id == event.client_id:
+            state.received += 1
+            tasks.end_task(state, self.settings, task, event.time_s, failed=True)
+        state.rejections[event.reason] += 1
+        out.append(Reject(event.task_id, event.client_id, event.reason, event.detail))
+        self._after_answer(state, event.time_s, out)
+
+    def _after_answer(self, state: CoordinatorState, now_s: float, out: list[Instruction]) -> None:
+        stop = self.settings.stop
         if state.stopped is None:
             self._flush_if_complete(state, now_s, out)
-            if state.stopped is None and state.received >= settings.stop.max_uploads:
-                self._stop(state, now_s, StopReason.MAX_UPLOADS, out)
-            elif state.stopped is None and state.tokens >= settings.stop.max_tokens:
-                self._stop(state, now_s, StopReason.MAX_TOKENS, out)
+        if state.stopped is None and state.received >= stop.max_uploads:
+            self._stop(state, now_s, StopReason.MAX_UPLOADS, out)
+        elif state.stopped is None and state.tokens >= stop.max_tokens:
+            self._stop(state, now_s, StopReason.MAX_TOKENS, out)
 
     def _on_task_failed(
         self, state: CoordinatorState, event: TaskFailed, out: list[Instruction]
@@ -152,7 +168,8 @@ class Coordinator:
         task = state.tasks.get(event.task_id)
         if task is None or task.client_id != event.client_id:
             return
-        tasks.end_task(state, self.settings, task, event.time_s, failed=True)
+        # An upload that comes after all is late; nobody has answered the task.
+        tasks.expire(state, self.settings, task, event.time_s)
         if state.stopped is None:
             self._flush_if_complete(state, event.time_s, out)
 
@@ -236,7 +253,7 @@ class Coordinator:
         rejection = admission.check_shape(update, self.exchange.upload_layout(sent.layout))
         if rejection is not None:
             return rejection, adapter, 0.0
-        adapter = _with_layout(self.exchange.complete(adapter, sent), sent)
+        adapter = with_layout(self.exchange.complete(adapter, sent), sent)
         update_norm = distance(adapter, sent)
         return admission.check_numbers(update, update_norm, state.norms), adapter, update_norm
 
@@ -308,7 +325,7 @@ class Coordinator:
         if step.adapter.is_finite():
             state.rule_state = rule_state
         else:
-            step = _refused(step, state.adapter)
+            step = refused(step, state.adapter)
         state.buffer.clear()
         self._publish(state, step, updates, out)
         if state.version % self.settings.evaluate_every == 0:
@@ -327,7 +344,7 @@ class Coordinator:
             del state.snapshots[state.version]
         adapter = step.adapter
         if adapter.layout == state.adapter.layout:
-            adapter = _with_layout(adapter, state.adapter)
+            adapter = with_layout(adapter, state.adapter)
         state.version += 1
         state.adapter = adapter
         state.snapshots[state.version] = Snapshot(adapter)
@@ -371,29 +388,12 @@ class Coordinator:
         out.append(Stop(reason, state.version))
 
 
-def _with_layout(adapter: Adapter, like: Adapter) -> Adapter:
-    """Return an adapter of equal layout with the very same one, so that nobody compares again."""
-    return adapter if adapter.layout is like.layout else Adapter(like.layout, adapter.buffers)
-
-
-def _refused(step: Step, adapter: Adapter) -> Step:
-    """A step with NaN or infinite elements leaves the model as it is, and the record says so."""
-    return Step(
-        adapter=adapter,
-        weights=tuple(0.0 for _ in step.weights),
-        notes={
-            **{name: value for name, value in step.notes.items() if math.isfinite(value)},
-            "step_refused": 1.0,
-        },
-        work=ServerWork(step.work.bytes_moved, step.work.calibration_tokens),
-    )
-
-
 _HANDLERS: dict[type, Callable[[Coordinator, CoordinatorState, Any, list[Instruction]], None]] = {
     RunStarted: Coordinator._on_run_started,
     ClientJoined: Coordinator._on_client_joined,
     ClientLeft: Coordinator._on_client_left,
     UpdateArrived: Coordinator._on_update_arrived,
+    UploadRefused: Coordinator._on_upload_refused,
     TaskFailed: Coordinator._on_task_failed,
     TimerFired: Coordinator._on_timer_fired,
     EvaluationFinished: Coordinator._on_evaluation_finished,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from alignfed.core.reasons import RejectReason
 from alignfed.core.update import Update
 
 
@@ -43,6 +44,17 @@ class UpdateArrived:
 
 
 @dataclass(frozen=True, slots=True)
+class UploadRefused:
+    """An upload came of which no update can be made: the driver says why it refuses it."""
+
+    time_s: float
+    task_id: int
+    client_id: int
+    reason: RejectReason
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
 class TaskFailed:
     """A client reported, or the driver learned, that a task will not be finished."""
 
@@ -74,6 +86,7 @@ Event: TypeAlias = (
     | ClientJoined
     | ClientLeft
     | UpdateArrived
+    | UploadRefused
     | TaskFailed
     | TimerFired
     | EvaluationFinished

@@ -1,1 +1,1 @@
-"""Real machines: keys, registry, processes and commands of a deployment behind Flower."""
+"""What a recipe becomes on real machines: servers, devices, and the processes that hold them."""

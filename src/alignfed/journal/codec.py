@@ -35,6 +35,7 @@ CORE_CLASSES: tuple[type, ...] = (
     events.ClientJoined,
     events.ClientLeft,
     events.UpdateArrived,
+    events.UploadRefused,
     events.TaskFailed,
     events.TimerFired,
     events.EvaluationFinished,

@@ -24,6 +24,7 @@ from alignfed.core.events import (
     TaskFailed,
     TimerFired,
     UpdateArrived,
+    UploadRefused,
 )
 from alignfed.core.instructions import (
     Dispatch,
@@ -172,6 +173,11 @@ def _evaluation_finished(event: EvaluationFinished) -> Fields:
     return ("EvaluationFinished", None, None, event.version, body)
 
 
+def _upload_refused(event: UploadRefused) -> Fields:
+    body = f'{{"reason":"{event.reason.value}","detail":{_encode_json(text(event.detail))}}}'
+    return ("UploadRefused", integer(event.client_id), integer(event.task_id), None, body)
+
+
 def _task_failed(event: TaskFailed) -> Fields:
     body = f'{{"reason":{_encode_json(text(event.reason))}}}'
     return ("TaskFailed", event.client_id, event.task_id, None, body)
@@ -221,6 +227,7 @@ _ENCODERS: dict[type, Callable[[Any], Fields]] = {
     ClientLeft: lambda event: ("ClientLeft", event.client_id, None, None, "{}"),
     UpdateArrived: _update_arrived,
     TaskFailed: _task_failed,
+    UploadRefused: _upload_refused,
     TimerFired: lambda event: ("TimerFired", None, None, None, "{}"),
     EvaluationFinished: _evaluation_finished,
     Dispatch: _dispatch,
