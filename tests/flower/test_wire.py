@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignfed.core.adapter import Adapter, LoraFactors, difference, norm
-from alignfed.core.reasons import RejectReason
 from alignfed.core.lora import exchange_of
+from alignfed.core.reasons import RejectReason
 from alignfed.errors import AdapterError
 from alignfed.flower.blob import FIELDS, WireError, canonical, pack
 from alignfed.flower.quantisation import BLOCK, dequantise, quantise

@@ -14,11 +14,10 @@ from alignfed.core.adapter import DTYPES, AdapterLayout, DenseShape, LoraShape
 from alignfed.core.reasons import RejectReason
 from alignfed.errors import AdapterError
 from alignfed.flower.blob import WireError
+from alignfed.flower.messages import ENCODINGS
 
 FORMAT = 1
 """Version of the wire's grammar."""
-
-ENCODINGS = ("fp32", "bf16", "fp16", "int8")
 
 _RUN = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _METRIC = re.compile(r"[A-Za-z0-9_./-]{1,64}")

@@ -82,6 +82,8 @@ class PostOffice:
         self._sent: dict[str, Sent] = {}
         self._busy: dict[int, str] = {}
         self._pulls: list[_Pull] = []
+        self._activated: dict[int, str] = {}
+        self._activated_at_push: dict[str, str] = {}
 
     @property
     def under_way(self) -> tuple[Sent, ...]:
@@ -94,7 +96,10 @@ class PostOffice:
 
     def nodes(self) -> frozenset[int]:
         """Return the nodes that are online."""
-        return frozenset(self._grid.get_node_ids())
+        self._activated = {
+            node.node_id: node.last_activated_at or "" for node in self._grid.get_nodes()
+        }
+        return frozenset(self._activated)
 
     def push(self, sent: Sent, content: RecordDict) -> bool:
         """Send a message; return whether Flower took it.
@@ -110,6 +115,7 @@ class PostOffice:
             return False
         self._sent[taken[0]] = sent
         self._busy[sent.node_id] = taken[0]
+        self._activated_at_push[taken[0]] = self._activated.get(sent.node_id, "")
         return True
 
     def fetch(self, now_s: float) -> list[Reply]:
@@ -118,9 +124,13 @@ class PostOffice:
         Raises:
             Exception: whatever Flower raises when the run is over or cannot be reached.
         """
-        replies = [self._give_up(message_id) for message_id in self._overdue(now_s)]
+        replies = []
+        for message_id in self._overdue(now_s):
+            ttl_s = self._sent[message_id].ttl_s
+            replies.append(self._give_up(message_id, f"no answer in {ttl_s:.0f} s"))
+        asked = list(self._sent)
         if self._sent and len(self._pulls) < _MOST_PULLS:
-            self._pulls.append(self._begin_pull(list(self._sent)))
+            self._pulls.append(self._begin_pull(asked))
             # Nearly always there at once; the clock of a hanging line must not be everybody's.
             self._pulls[-1].thread.join(_PULL_WAIT_S if len(self._pulls) == 1 else 0.2)
         for pull in list(self._pulls):
@@ -131,7 +141,16 @@ class PostOffice:
             if isinstance(found, BaseException):
                 raise found
             replies += [reply for one in found if (reply := self._taken(one)) is not None]
+        # A process that was started anew knows nothing of what the one before had been sent, and
+        # Flower says nothing of it either.
+        for message_id in asked:
+            if message_id in self._sent and self._restarted(message_id):
+                replies.append(self._give_up(message_id, "its node was restarted"))
         return replies
+
+    def _restarted(self, message_id: str) -> bool:
+        now = self._activated.get(self._sent[message_id].node_id)
+        return now is not None and now != self._activated_at_push[message_id]
 
     def _begin_pull(self, message_ids: Sequence[str]) -> _Pull:
         found: queue.SimpleQueue[list[Message] | BaseException] = queue.SimpleQueue()
@@ -147,10 +166,10 @@ class PostOffice:
         return _Pull(thread, found)
 
     def _taken(self, message: Message) -> Reply | None:
-        sent = self._sent.pop(message.metadata.reply_to_message_id, None)
-        if sent is None:  # given up meanwhile, or an error for a message already answered
+        message_id = message.metadata.reply_to_message_id
+        if message_id not in self._sent:  # given up meanwhile
             return None
-        del self._busy[sent.node_id]
+        sent = self._forget(message_id)
         if message.has_error():
             return Reply(sent, None, int(message.error.code), str(message.error.reason or ""))
         return Reply(sent, message.content)
@@ -164,10 +183,14 @@ class PostOffice:
             if math.isfinite(sent.ttl_s) and now_s >= sent.at_s + sent.ttl_s - 1.0
         ]
 
-    def _give_up(self, message_id: str) -> Reply:
+    def _give_up(self, message_id: str, words: str) -> Reply:
+        return Reply(self._forget(message_id), None, ABSENT, words)
+
+    def _forget(self, message_id: str) -> Sent:
         sent = self._sent.pop(message_id)
         del self._busy[sent.node_id]
-        return Reply(sent, None, ABSENT, f"no answer in {sent.ttl_s:.0f} s")
+        del self._activated_at_push[message_id]
+        return sent
 
 
 __all__ = ["ABSENT", "PostOffice", "Reply", "Sent"]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,10 +32,8 @@ from alignfed.core.update import Update
 from alignfed.errors import AdapterError
 from alignfed.flower.blob import Limits, pack, read_fields, unpack
 from alignfed.flower.fields import FORMAT, bad_field, check_fields, layout_value, require_run
+from alignfed.flower.messages import Encoding
 from alignfed.flower.quantisation import dequantise, num_blocks, quantise
-
-Encoding: TypeAlias = Literal["fp32", "bf16", "fp16", "int8"]
-"""How numbers travel."""
 
 _DTYPES: Mapping[str, torch.dtype] = {
     "fp32": torch.float32,
