@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from alignfed.cli import studies
+from alignfed.cli.deploy import deploy_app
 from alignfed.cli.refusal import INTERRUPTED, debugging, refusing
 from alignfed.progress import ProgressView
 from alignfed.version import __version__
@@ -160,6 +161,7 @@ def plan(recipe: RecipeOption = None, overrides: SetOption = None) -> None:
 
 
 studies.add_commands(app)
+app.add_typer(deploy_app)
 
 
 def _console() -> Console:
