@@ -17,7 +17,9 @@ from alignfed.core.events import (
     TaskFailed,
     TimerFired,
     UpdateArrived,
+    UploadRefused,
 )
+from alignfed.core.reasons import RejectReason
 from alignfed.core.update import Update
 from alignfed.errors import JournalError
 from alignfed.journal.answers import ANSWERS_NOTE, Answer
@@ -162,12 +164,20 @@ def _task_failed(row: Row, adapter: Callable[[str], Adapter]) -> TaskFailed:
     return TaskFailed(row.time_s, row.task_id, _client(row), row.body["reason"])
 
 
+def _upload_refused(row: Row, adapter: Callable[[str], Adapter]) -> UploadRefused:
+    if row.task_id is None:
+        raise ValueError("it names no task")
+    reason = RejectReason(row.body["reason"])
+    return UploadRefused(row.time_s, row.task_id, _client(row), reason, row.body["detail"])
+
+
 _DECODERS: dict[str, Callable[[Row, Callable[[str], Adapter]], Event]] = {
     "RunStarted": lambda row, adapter: RunStarted(row.time_s),
     "ClientJoined": lambda row, adapter: ClientJoined(row.time_s, _client(row)),
     "ClientLeft": lambda row, adapter: ClientLeft(row.time_s, _client(row)),
     "UpdateArrived": _update_arrived,
     "TaskFailed": _task_failed,
+    "UploadRefused": _upload_refused,
     "TimerFired": lambda row, adapter: TimerFired(row.time_s),
     "EvaluationFinished": _evaluation_finished,
 }
