@@ -22,6 +22,7 @@ from flwr.proto.control_pb2 import (
     RegisterNodeRequest,
     StartRunRequest,
     StopRunRequest,
+    StreamLogsRequest,
     UnregisterNodeRequest,
 )
 from flwr.supercore.control import ControlHttpClient
@@ -148,6 +149,18 @@ class Control:
             raise DeploymentError(f"Flower knows no run {run_id}", run_id=run_id)
         status = answer.run_dict[run_id].status
         return FlowerRun(run_id, status.status, status.sub_status, status.details)
+
+    def closing_log(self, run_id: int) -> str:
+        """Return what a finished run's ServerApp printed; Flower then forgets its messages.
+
+        Raises:
+            DeploymentError: the run is not finished, or Flower cannot be reached.
+        """
+        if not self.run(run_id).finished:
+            raise DeploymentError(f"run {run_id} goes on; its log has no end yet", run_id=run_id)
+        request = StreamLogsRequest(run_id=run_id, after_timestamp=0.0)
+        pieces = self._call(lambda: list(self._client.StreamLogs(request)))
+        return "".join(piece.log_output for piece in pieces)
 
     def _call(self, call: Callable[[], _Answer]) -> _Answer:
         try:

@@ -21,7 +21,7 @@ class BoundedLog:
 
     def __init__(self, path: Path, size_bytes: int, files: int) -> None:
         """Go on with the file at ``path``."""
-        self._path = path
+        self.path = path
         self._size_bytes = size_bytes
         self._files = files
         self._descriptor: int | None = None
@@ -48,20 +48,20 @@ class BoundedLog:
 
     def _open(self) -> None:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-        self._descriptor = os.open(self._path, flags, 0o600)
+        self._descriptor = os.open(self.path, flags, 0o600)
         self._written = os.fstat(self._descriptor).st_size
 
     def _turn(self) -> None:
         self.close()
-        name = self._path.name
+        name = self.path.name
         for number in range(self._files, 1, -1):
-            older = self._path.with_name(f"{name}.{number - 1}")
+            older = self.path.with_name(f"{name}.{number - 1}")
             if older.exists():
-                older.replace(self._path.with_name(f"{name}.{number}"))
+                older.replace(self.path.with_name(f"{name}.{number}"))
         if self._files:
-            self._path.replace(self._path.with_name(f"{name}.1"))
+            self.path.replace(self.path.with_name(f"{name}.1"))
         else:
-            self._path.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
         self._open()
 
 

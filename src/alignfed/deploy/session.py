@@ -10,11 +10,13 @@ however its starter dies, and then ends all that carry the mark. Standard librar
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 MARK = "ALIGNFED_SESSION"
@@ -95,6 +97,33 @@ class Guardian:
             cwd="/",
             start_new_session=True,
         )
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of whatever its descendants leave behind when they end."""
+    subreaper = 36  # PR_SET_CHILD_SUBREAPER
+    ctypes.CDLL(None, use_errno=True).prctl(subreaper, 1, 0, 0, 0)
+
+
+def reap_orphans(own: Collection[int]) -> None:
+    """Take note of adopted processes that have ended, so that no trace of them is left.
+
+    Args:
+        own: children that somebody else waits for.
+    """
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and int(entry) not in own and _is_ended_child(entry):
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(int(entry), os.WNOHANG)
+
+
+def _is_ended_child(pid: str) -> bool:
+    try:
+        # After the name, which may hold anything: state, then the parent's id.
+        state, parent = Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[:2]
+    except (OSError, ValueError):
+        return False
+    return state == "Z" and int(parent) == os.getpid()
 
 
 def _carries(pid: str, mark: str) -> bool:

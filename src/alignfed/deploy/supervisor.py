@@ -21,7 +21,7 @@ from pathlib import Path
 
 from alignfed.deploy.loglines import LogKeeper
 from alignfed.deploy.records import log_record, write_json
-from alignfed.deploy.session import MARK, Guardian, end_marked
+from alignfed.deploy.session import MARK, Guardian, adopt_orphans, end_marked, reap_orphans
 from alignfed.errors import DeploymentError
 
 FIRST_PAUSE_S = 1.0
@@ -85,6 +85,8 @@ class Supervisor:
         logs: LogKeeper,
         status: Path,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        adopts: bool = False,
     ) -> None:
         """Make a supervisor with no programs.
 
@@ -92,12 +94,17 @@ class Supervisor:
             logs: where the programs' words go.
             status: the file that says what runs (JSON).
             clock: seconds that only grow.
+            adopts: whether this process becomes the parent of what its programs leave behind; only
+                where nothing else in it starts processes.
         """
         self.mark = secrets.token_hex(16)
         self._logs = logs
         self._status = status
         self._clock = clock
         self._running: dict[str, Running] = {}
+        self._adopts = adopts
+        if adopts:
+            adopt_orphans()
         self._guardian = Guardian(self.mark)
         self._stopped = False
 
@@ -129,6 +136,8 @@ class Supervisor:
             if running.start_again_s is not None and now_s >= running.start_again_s:
                 running.restarts += 1
                 self._launch(running)
+        if self._adopts:
+            reap_orphans(self._own_pids())
         self._write_status()
 
     def remove(self, names: Sequence[str], grace_s: float = GRACE_S) -> None:
@@ -159,6 +168,8 @@ class Supervisor:
         killed = end_marked(self.mark, grace_s=2.0)
         if killed:
             log_record("killed_at_stop", processes=killed)
+        if self._adopts:
+            reap_orphans(self._own_pids())
         self._guardian.relieve()
         self._write_status()
         self._logs.close()
@@ -233,6 +244,10 @@ class Supervisor:
             again_in_s=pause_s,
             last=running.last_error,
         )
+
+    def _own_pids(self) -> set[int]:
+        processes = [one.process for one in self._running.values() if one.process is not None]
+        return {process.pid for process in processes} | {self._guardian.pid}
 
     def _write_status(self) -> None:
         processes = {

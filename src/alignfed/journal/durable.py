@@ -368,9 +368,9 @@ class DurableLog:
     def _diverged(self, found: Divergence) -> JournalError:
         return JournalError(
             f"the record of {self.directory.root} cannot be handled again: at row"
-            f" {found.event.seq}, {describe(found.event)}, {found.difference} (on record:"
-            f" {describe(found.expected)}; now: {describe(found.came)}); go on with the version of"
-            " AlignFed and the recipe that wrote it",
+            f" {found.event.seq} ({describe(found.event, body=False)}) {found.difference}."
+            f" On record: {describe(found.expected)}. Now: {describe(found.came)}. Go on with the"
+            " version of AlignFed and the recipe that wrote it",
             path=str(self.directory.root),
             seq=found.event.seq,
         )

@@ -26,6 +26,8 @@ from alignfed.journal.answers import ANSWERS_NOTE, Answer
 from alignfed.journal.database import DamagedError, Database
 from alignfed.journal.rows import Row
 
+_PIECE = 1_000
+
 NOT_FINITE = frozenset({"nan", "inf", "-inf"})
 """How a float that JSON cannot hold is written."""
 
@@ -48,24 +50,33 @@ class RecordedEvent:
 
 
 def read_rows(database: Database, *, after: int = 0) -> Iterator[Row]:
-    """Yield committed rows after ``after`` in order.
+    """Yield committed rows after ``after`` in order, a piece at a time.
+
+    Nothing is held open between the pieces: the journal may be cut, closed or written meanwhile.
 
     Raises:
         JournalError: the file is damaged.
     """
-    for *columns, body in database.query(
-        "SELECT seq, time_s, kind, name, client_id, task_id, version, body FROM rows"
-        " WHERE seq > ? ORDER BY seq",
-        (after,),
-    ):
-        try:
-            yield Row(*(*columns, json.loads(body)))
-        except ValueError as error:
-            raise DamagedError(
-                f"row {columns[0]} of {database.path} is damaged: {error}; restore the run's"
-                " directory from a backup",
-                path=str(database.path),
-            ) from error
+    while True:
+        piece = list(
+            database.query(
+                "SELECT seq, time_s, kind, name, client_id, task_id, version, body FROM rows"
+                " WHERE seq > ? ORDER BY seq LIMIT ?",
+                (after, _PIECE),
+            )
+        )
+        for *columns, body in piece:
+            after = columns[0]
+            try:
+                yield Row(*(*columns, json.loads(body)))
+            except ValueError as error:
+                raise DamagedError(
+                    f"row {after} of {database.path} is damaged: {error}; restore the run's"
+                    " directory from a backup",
+                    path=str(database.path),
+                ) from error
+        if len(piece) < _PIECE:
+            return
 
 
 def recorded_events(rows: Iterable[Row]) -> Iterator[RecordedEvent]:
