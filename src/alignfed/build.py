@@ -121,7 +121,7 @@ def load(recipe: Recipe) -> Loaded:
         AlignFedError: what the recipe names does not exist or does not fit together.
     """
     data, template = build_data(recipe)
-    base = load_base(_model_settings(recipe, data), lora_settings(recipe), recipe.seed)
+    base = load_base(model_settings(recipe, data.label_names), lora_settings(recipe), recipe.seed)
     encoder = Encoder(base, template, recipe.data.max_length)
     trainer, cohort_size = make_trainer(recipe, base, encoder, template, data)
     scoring = recipe.evaluation
@@ -235,14 +235,9 @@ def build_data(recipe: Recipe) -> tuple[FederatedData, TemplateSettings]:
     """
     section, seed = recipe.data, recipe.seed
     deal = PartitionSettings(**_values(section.partition, PartitionSettings), seed=seed)
-    path = "" if section.path == BUILTIN else section.path
-    settings = DataSettings(**{**_values(section, DataSettings), "path": path}, seed=seed)
+    settings, template = data_settings(recipe), template_of(recipe)
     if section.path != BUILTIN:
-        assert section.template is not None  # the recipe was validated
-        given = section.template
-        template = TemplateSettings(given.prompt, given.response, given.chat)
         return load_data(settings, template, deal), template
-    template = TemplateSettings(builtin.PROMPT_TEMPLATE, " {response}")
     assert section.num_examples is not None and section.evaluation_examples is not None
     data = federate_pool(
         _plain(builtin.training_records(section.num_examples, seed)),
@@ -253,6 +248,38 @@ def build_data(recipe: Recipe) -> tuple[FederatedData, TemplateSettings]:
         calibration=_plain(builtin.calibration_records(max(section.calibration_examples, 1), seed)),
     )
     return data, template
+
+
+def data_settings(recipe: Recipe) -> DataSettings:
+    """Return where the recipe's records are and how much of them goes where."""
+    section = recipe.data
+    path = "" if section.path == BUILTIN else section.path
+    return DataSettings(**{**_values(section, DataSettings), "path": path}, seed=recipe.seed)
+
+
+def template_of(recipe: Recipe) -> TemplateSettings:
+    """Return how a record becomes text."""
+    given = recipe.data.template
+    if given is None:
+        return TemplateSettings(builtin.PROMPT_TEMPLATE, " {response}")
+    return TemplateSettings(given.prompt, given.response, given.chat)
+
+
+def model_settings(recipe: Recipe, label_names: tuple[str, ...]) -> ModelSettings:
+    """Return which base model the recipe asks for; a classifier's names say how many classes."""
+    section = recipe.model
+    labels = label_names or None
+    return ModelSettings(
+        path=str(builtin.MODEL_PATH) if section.path == BUILTIN else section.path,
+        task=section.task,
+        num_labels=len(labels) if labels else None,
+        dtype=section.dtype,
+        quantization=None if section.quantization == "none" else section.quantization,
+        gradient_checkpointing=section.gradient_checkpointing,
+        device=section.device,
+        revision=section.revision,
+        label_names=labels,
+    )
 
 
 def build_fleet(section: FleetSection, count: int, seed: int) -> Fleet:
@@ -318,22 +345,6 @@ def _variation(section: FleetSection) -> Variation:
         mean_on_s=_or_never(given.mean_on_s),
         mean_off_s=given.mean_off_s,
         failures_per_hour=given.failures_per_hour,
-    )
-
-
-def _model_settings(recipe: Recipe, data: FederatedData) -> ModelSettings:
-    section = recipe.model
-    labels = data.label_names or None
-    return ModelSettings(
-        path=str(builtin.MODEL_PATH) if section.path == BUILTIN else section.path,
-        task=section.task,
-        num_labels=len(labels) if labels else None,
-        dtype=section.dtype,
-        quantization=None if section.quantization == "none" else section.quantization,
-        gradient_checkpointing=section.gradient_checkpointing,
-        device=section.device,
-        revision=section.revision,
-        label_names=labels,
     )
 
 

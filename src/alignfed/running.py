@@ -10,7 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,17 @@ from alignfed.build import Simulation, fleet_words
 from alignfed.core.adapter import Adapter
 from alignfed.core.events import EvaluationFinished, Event
 from alignfed.core.instructions import Evaluate, Instruction, Publish
-from alignfed.core.ports import Evaluation
+from alignfed.core.ports import AggregationRule, Evaluation
 from alignfed.errors import AlignFedError, JournalError
 from alignfed.interruption import interrupt_between_steps
 from alignfed.journal import (
     Checkpoints,
     Codec,
+    Recorder,
     RunDirectory,
     RunReader,
     SqliteJournal,
+    rule_state_class,
     write_summary,
     write_text_atomically,
 )
@@ -72,6 +74,11 @@ class RunState:
     wall_time_s: float
 
 
+def run_codec(rule: AggregationRule) -> Codec:
+    """Return the codec of a run's checkpoints."""
+    return Codec(RunState, rule_state_class(rule), *CHECKPOINTED)
+
+
 class Run:
     """Implements the journal's port to see what passes."""
 
@@ -91,9 +98,9 @@ class Run:
         self.view = view
         self.began_s = began_s
         self.checkpoint_every_s = checkpoint_every_s
-        rule = simulation.parts.coordinator.rule
-        rule_state = type(rule.init(simulation.initial_adapter))
-        self.checkpoints = Checkpoints(journal, Codec(RunState, rule_state, *CHECKPOINTED))
+        self.recorder = Recorder(journal)
+        codec = run_codec(simulation.parts.coordinator.rule)
+        self.checkpoints = Checkpoints(journal, codec, self.recorder.payloads)
         self.warnings: tuple[str, ...] = ()
         self.expected_cohorts: deque[tuple[int, ...]] = deque()
         self.engine: Engine | None = None
@@ -106,7 +113,7 @@ class Run:
 
     def record(self, event: Event, instructions: Sequence[Instruction]) -> None:
         """Append an event and the instructions it led to."""
-        self.journal.record(event, instructions)
+        self.recorder.record(event, instructions)
         if isinstance(event, EvaluationFinished):
             self.loss, self.score = event.loss, event.score
         for instruction in instructions:
@@ -151,8 +158,10 @@ class Run:
             KeyboardInterrupt: interrupted; a checkpoint was written.
         """
         parts = self.simulation.with_journal(self)
+        parts = replace(parts, coordinator=self.recorder.observe(parts.coordinator))
         if state is None:
             engine = Engine(parts, self.simulation.initial_adapter)
+            self._checkpoint(engine)  # where a replay begins
         else:
             engine = Engine.restore(parts, state.engine)
             self.earlier_s = state.wall_time_s

@@ -128,11 +128,15 @@ class Orders:
         if not around.dialect.keeps_uploads:
             return True
         for client_id in sorted(around.roster.nodes):
-            if client_id not in self._told_to_stop and self._may_order(client_id, now_s):
+            # Who answered the word with uploads must hear that they are safe.
+            due = client_id not in self._told_to_stop or client_id in self._owing
+            if due and self._may_order(client_id, now_s):
                 content = around.dialect.stop(around.inbox.unconfirmed(client_id))
                 if self._push(client_id, None, content, now_s):
                     self._told_to_stop.add(client_id)
-        return not around.post.under_way and self._told_to_stop >= set(around.roster.nodes)
+                    self._owing.discard(client_id)
+        here = set(around.roster.nodes)
+        return not around.post.under_way and self._told_to_stop >= here and not self._owing & here
 
     def _send_task(self, task: Task, state: CoordinatorState, now_s: float) -> bool:
         around = self._around

@@ -53,12 +53,13 @@ class Waiting:
 class Outbox:
     """A device's finished uploads and its memory. Several processes may use one at once."""
 
-    def __init__(self, path: Path, max_bytes: int) -> None:
+    def __init__(self, path: Path, max_bytes: int = 1 << 62) -> None:
         """Open the outbox at ``path``, made if missing, readable by its owner alone.
 
         Args:
             path: the file; its folder must exist.
-            max_bytes: room for payloads and memory of all runs together.
+            max_bytes: room for payloads and memory of all runs together; whoever only reads and
+                acknowledges needs none.
 
         Raises:
             DeploymentError: it cannot be opened, or is damaged, or another version's.

@@ -7,7 +7,7 @@ goes on to the same result. A simulation is cut back to a checkpoint and compute
 
 from alignfed.journal.atomic import write_summary, write_text_atomically
 from alignfed.journal.checkpoint import Checkpoints, Recovered
-from alignfed.journal.codec import Codec, Encoded
+from alignfed.journal.codec import Codec, Encoded, rule_state_class
 from alignfed.journal.directory import RunDirectory
 from alignfed.journal.durable import DurableLog, RecoveredServer
 from alignfed.journal.facts import ReplayFacts, facts_of, read_facts, this_platform
@@ -37,6 +37,7 @@ __all__ = [
     "VersionRecord",
     "facts_of",
     "read_facts",
+    "rule_state_class",
     "this_platform",
     "write_summary",
     "write_text_atomically",

@@ -17,8 +17,8 @@ from typing import Any
 
 from alignfed.core.adapter import Adapter
 from alignfed.core.coordinator import Coordinator
-from alignfed.core.events import EvaluationFinished, Event, UpdateArrived
-from alignfed.core.instructions import Dispatch, Evaluate, Instruction, Reject, SetTimer, Stop
+from alignfed.core.events import EvaluationFinished, Event, UpdateArrived, UploadRefused
+from alignfed.core.instructions import Dispatch, Evaluate, Instruction, SetTimer, Stop
 from alignfed.core.state import CoordinatorState
 from alignfed.errors import JournalError
 from alignfed.journal.answers import RecordedCalibrator
@@ -189,17 +189,8 @@ class DurableLog:
         server.note(event, instructions)
         if isinstance(event, UpdateArrived):
             self._unsynced.add((event.update.task_id, event.update.client_id))
-
-    def record_refusal(self, time_s: float, reject: Reject) -> None:
-        """Take a refusal of the driver's own: of bytes that could not be made an ``Update``.
-
-        The coordinator hears nothing of it; it shows among the rejected uploads.
-
-        Raises:
-            JournalError: not recovered yet or closed, or the disk is full.
-        """
-        self._journal.record_refusal(time_s, reject)
-        self._unsynced.add((reject.task_id, reject.client_id))
+        elif isinstance(event, UploadRefused):
+            self._unsynced.add((event.task_id, event.client_id))
 
     def record_cohort(self, time_s: float, task_ids: Sequence[int]) -> None:
         """Take which tasks were computed together; devices on their own never are.
@@ -377,9 +368,9 @@ class DurableLog:
     def _diverged(self, found: Divergence) -> JournalError:
         return JournalError(
             f"the record of {self.directory.root} cannot be handled again: at row"
-            f" {found.event.seq}, {describe(found.event)}, {found.difference} (on record:"
-            f" {describe(found.expected)}; now: {describe(found.came)}); go on with the version of"
-            " AlignFed and the recipe that wrote it",
+            f" {found.event.seq} ({describe(found.event, body=False)}) {found.difference}."
+            f" On record: {describe(found.expected)}. Now: {describe(found.came)}. Go on with the"
+            " version of AlignFed and the recipe that wrote it",
             path=str(self.directory.root),
             seq=found.event.seq,
         )

@@ -17,12 +17,16 @@ from alignfed.core.events import (
     TaskFailed,
     TimerFired,
     UpdateArrived,
+    UploadRefused,
 )
+from alignfed.core.reasons import RejectReason
 from alignfed.core.update import Update
 from alignfed.errors import JournalError
 from alignfed.journal.answers import ANSWERS_NOTE, Answer
 from alignfed.journal.database import DamagedError, Database
 from alignfed.journal.rows import Row
+
+_PIECE = 1_000
 
 NOT_FINITE = frozenset({"nan", "inf", "-inf"})
 """How a float that JSON cannot hold is written."""
@@ -46,24 +50,33 @@ class RecordedEvent:
 
 
 def read_rows(database: Database, *, after: int = 0) -> Iterator[Row]:
-    """Yield committed rows after ``after`` in order.
+    """Yield committed rows after ``after`` in order, a piece at a time.
+
+    Nothing is held open between the pieces: the journal may be cut, closed or written meanwhile.
 
     Raises:
         JournalError: the file is damaged.
     """
-    for *columns, body in database.query(
-        "SELECT seq, time_s, kind, name, client_id, task_id, version, body FROM rows"
-        " WHERE seq > ? ORDER BY seq",
-        (after,),
-    ):
-        try:
-            yield Row(*(*columns, json.loads(body)))
-        except ValueError as error:
-            raise DamagedError(
-                f"row {columns[0]} of {database.path} is damaged: {error}; restore the run's"
-                " directory from a backup",
-                path=str(database.path),
-            ) from error
+    while True:
+        piece = list(
+            database.query(
+                "SELECT seq, time_s, kind, name, client_id, task_id, version, body FROM rows"
+                " WHERE seq > ? ORDER BY seq LIMIT ?",
+                (after, _PIECE),
+            )
+        )
+        for *columns, body in piece:
+            after = columns[0]
+            try:
+                yield Row(*(*columns, json.loads(body)))
+            except ValueError as error:
+                raise DamagedError(
+                    f"row {after} of {database.path} is damaged: {error}; restore the run's"
+                    " directory from a backup",
+                    path=str(database.path),
+                ) from error
+        if len(piece) < _PIECE:
+            return
 
 
 def recorded_events(rows: Iterable[Row]) -> Iterator[RecordedEvent]:
@@ -162,12 +175,20 @@ def _task_failed(row: Row, adapter: Callable[[str], Adapter]) -> TaskFailed:
     return TaskFailed(row.time_s, row.task_id, _client(row), row.body["reason"])
 
 
+def _upload_refused(row: Row, adapter: Callable[[str], Adapter]) -> UploadRefused:
+    if row.task_id is None:
+        raise ValueError("it names no task")
+    reason = RejectReason(row.body["reason"])
+    return UploadRefused(row.time_s, row.task_id, _client(row), reason, row.body["detail"])
+
+
 _DECODERS: dict[str, Callable[[Row, Callable[[str], Adapter]], Event]] = {
     "RunStarted": lambda row, adapter: RunStarted(row.time_s),
     "ClientJoined": lambda row, adapter: ClientJoined(row.time_s, _client(row)),
     "ClientLeft": lambda row, adapter: ClientLeft(row.time_s, _client(row)),
     "UpdateArrived": _update_arrived,
     "TaskFailed": _task_failed,
+    "UploadRefused": _upload_refused,
     "TimerFired": lambda row, adapter: TimerFired(row.time_s),
     "EvaluationFinished": _evaluation_finished,
 }

@@ -220,8 +220,8 @@ def _adapter_difference(
     return f"{problem}; they are {gap:.3g} apart, where the recorded one is {length:.3g} long"
 
 
-def describe(row: Row | None) -> str:
-    """Return an event or instruction on one line, for people."""
+def describe(row: Row | None, *, body: bool = True) -> str:
+    """Return an event or instruction on one line, for people; perhaps without its details."""
     if row is None:
         return "nothing"
     words = [row.name]
@@ -230,6 +230,6 @@ def describe(row: Row | None) -> str:
     ):  # fmt: skip
         if value is not None:
             words.append(f"{label} {value}")
-    if row.body:
+    if body and row.body:
         words.append(json.dumps(row.body, separators=(", ", ": ")))
     return " ".join(words)

@@ -202,15 +202,6 @@ class SqliteJournal:
         """
         self._record_other(time_s, "note", (name, None, None, None, rows.encode_mapping(values)))
 
-    def record_refusal(self, time_s: float, reject: Reject) -> None:
-        """Append a driver's own refusal, of what could not even be made an event.
-
-        Raises:
-            JournalError: not cut back yet or closed, or the disk is full.
-        """
-        self._tables().rejected(self.seq + 1, time_s, reject)
-        self._record_other(time_s, "refusal", rows.encode_instruction(reject))
-
     def flush(self) -> None:
         """Commit all that waits; when this returns, it is on disk.
 
