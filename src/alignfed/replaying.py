@@ -102,20 +102,26 @@ def _replay(recording: Recording, recipe: Recipe, tolerance: float, watch: Watch
     total = recording.count_events(began_after)
     events = instructions = versions = 0
     exact, divergence = True, None
-    for one in rehandle(
-        coordinator,
-        _state_of(saved),
-        recording.events(began_after),
-        recording.adapter,
-        tolerance=tolerance,
-    ):
-        events += 1
-        exact = exact and one.exact
-        divergence = one.divergence
-        if divergence is None:
-            instructions += len(one.instructions)
-            versions += sum(isinstance(item, Publish) for item in one.instructions)
-        watch(events, max(total, events))
+    try:
+        for one in rehandle(
+            coordinator,
+            _state_of(saved),
+            recording.events(began_after),
+            recording.adapter,
+            tolerance=tolerance,
+        ):
+            events += 1
+            exact = exact and one.exact
+            divergence = one.divergence
+            if divergence is None:
+                instructions += len(one.instructions)
+                versions += sum(isinstance(item, Publish) for item in one.instructions)
+            watch(events, max(total, events))
+    except JournalError as error:
+        raise JournalError(
+            f"{events} of {total} events were handled again, and all as on record; then: {error}",
+            **error.values,
+        ) from error
     return ReplayResult(
         recording.directory.root,
         began_after,
