@@ -19,7 +19,7 @@ from alignfed.closing import Closing, Scores, close_run, export_adapter, final_a
 from alignfed.core.adapter import Adapter
 from alignfed.core.events import EvaluationFinished, Event
 from alignfed.core.instructions import Evaluate, Instruction, Publish
-from alignfed.core.ports import AggregationRule, Evaluation
+from alignfed.core.ports import Evaluation
 from alignfed.errors import AlignFedError, JournalError
 from alignfed.interruption import interrupt_between_steps
 from alignfed.journal import (
@@ -34,7 +34,7 @@ from alignfed.journal import (
 from alignfed.progress import Limits, ProgressView, RunInfo, RunSnapshot
 from alignfed.reference import synchronous_time_s
 from alignfed.simulation.engine import Engine, own_adapters
-from alignfed.simulation.state import CHECKPOINTED, EngineState
+from alignfed.simulation.state import CHECKPOINTED, EngineState, RunState
 from alignfed.simulation.trace import record_trace
 from alignfed.training.personal import mean_of_clients
 
@@ -63,19 +63,6 @@ class RunResult:
         return RunDirectory(self.directory).adapter
 
 
-@dataclass(slots=True)
-class RunState:
-    """What a checkpoint holds: the engine, and the real time spent so far."""
-
-    engine: EngineState
-    wall_time_s: float
-
-
-def run_codec(rule: AggregationRule) -> Codec:
-    """Return the codec of a run's checkpoints."""
-    return Codec(RunState, rule_state_class(rule), *CHECKPOINTED)
-
-
 class Run:
     """Implements the journal's port to see what passes."""
 
@@ -96,7 +83,8 @@ class Run:
         self.began_s = began_s
         self.checkpoint_every_s = checkpoint_every_s
         self.recorder = Recorder(journal)
-        codec = run_codec(simulation.parts.coordinator.rule)
+        rule = simulation.parts.coordinator.rule
+        codec = Codec(rule_state_class(rule), *CHECKPOINTED)
         self.checkpoints = Checkpoints(journal, codec, self.recorder.payloads)
         self.warnings: tuple[str, ...] = ()
         self.expected_cohorts: deque[tuple[int, ...]] = deque()
