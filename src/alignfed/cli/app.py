@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from alignfed.cli import studies
+from alignfed.cli.deploy import deploy_app
 from alignfed.cli.refusal import INTERRUPTED, debugging, refusing
 from alignfed.cli.replay import replay
 from alignfed.progress import ProgressView
@@ -177,6 +178,7 @@ def plan(recipe: RecipeOption = None, overrides: SetOption = None) -> None:
 
 
 studies.add_commands(app)
+app.add_typer(deploy_app)
 
 
 def _console() -> Console:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import io
 import signal
 import ssl
 import sys
@@ -118,13 +119,13 @@ class Proxy:
         if refusal is not None:
             return self._refuse(request, refusal)
         try:
-            body: bytes | AsyncIterator[bytes] = self._pieces(request, found)
-            if path == PUSH_MESSAGES:
-                body = b"".join([piece async for piece in self._pieces(request, found)])
-                refusal = self._gate.check_replies(found, body)
-                if refusal is not None:
-                    return self._refuse(request, refusal)
-            return await self._pass_on(request, path, body)
+            if path != PUSH_MESSAGES:
+                return await self._pass_on(request, path, self._pieces(request, found))
+            whole = b"".join([piece async for piece in self._pieces(request, found)])
+            refusal = self._gate.check_replies(found, whole)
+            if refusal is not None:
+                return self._refuse(request, refusal)
+            return await self._pass_on(request, path, io.BytesIO(whole))
         except TooMuchError as much:
             return self._refuse(request, much.refusal)
         except (aiohttp.ClientError, TimeoutError) as error:
@@ -150,7 +151,7 @@ class Proxy:
             yield piece
 
     async def _pass_on(
-        self, request: web.Request, path: str, body: bytes | AsyncIterator[bytes]
+        self, request: web.Request, path: str, body: io.BytesIO | AsyncIterator[bytes]
     ) -> web.StreamResponse:
         assert self._session is not None
         headers = [
@@ -158,7 +159,7 @@ class Proxy:
             for name, value in request.headers.items()
             if name.lower() not in _HOP_BY_HOP
         ]
-        if not isinstance(body, bytes) and request.content_length is not None:
+        if not isinstance(body, io.BytesIO) and request.content_length is not None:
             headers.append(("Content-Length", str(request.content_length)))
         async with self._session.post(
             self._upstream + path, data=body, headers=headers, allow_redirects=False

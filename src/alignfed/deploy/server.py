@@ -16,6 +16,7 @@ from pathlib import Path
 from alignfed.deploy.control import Control, connected
 from alignfed.deploy.directory import ServerDirectory
 from alignfed.deploy.loglines import BoundedLog, LogKeeper
+from alignfed.deploy.metrics import Endpoint
 from alignfed.deploy.processes import PROXY, SUPEREXEC, SUPERLINK, server_programs
 from alignfed.deploy.records import log_record, read_json, write_json
 from alignfed.deploy.registry import RegistryView, update_registry
@@ -81,6 +82,7 @@ class ServerHost:
         self._pause_s = FIRST_PAUSE_S
         self._quick_failures = 0
         self._looked_s = 0.0
+        self._metrics: Endpoint | None = None
         self.completed = False
 
     def start(self) -> None:
@@ -92,6 +94,8 @@ class ServerHost:
         settings = self._settings
         _check_free("127.0.0.1", settings.superlink_port, "superlink_port")
         _check_free(settings.bind, settings.port, "port")
+        if settings.metrics_port is not None:
+            self._metrics = Endpoint(self._directory, settings)
         _compact(self._directory.superlink_database)
         for group in server_programs(self._directory, settings):
             self.supervisor.start(group)
@@ -135,6 +139,9 @@ class ServerHost:
         """End everything; calling it again changes nothing."""
         self.supervisor.stop(_STOP_ORDER)
         self._app_log.close()
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
         self._lock.release()
 
     @property
