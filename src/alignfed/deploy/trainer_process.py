@@ -124,7 +124,8 @@ class Trainer:
             return True
         self._note(state="training")
         try:
-            self._device.work(order, self._outbox)
+            loads = {"model_loads": float(self._status.model_loads)}
+            self._device.work(order, self._outbox, loads)
             self._note(tasks=self._status.tasks + 1)
         except (AlignFedError, MemoryError, torch.OutOfMemoryError) as error:
             words = self._failed(error)

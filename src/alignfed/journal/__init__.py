@@ -13,6 +13,7 @@ from alignfed.journal.durable import DurableLog, RecoveredServer
 from alignfed.journal.facts import ReplayFacts, facts_of, read_facts, this_platform
 from alignfed.journal.reader import EvaluationRecord, RunReader, UploadRecord, VersionRecord
 from alignfed.journal.recorder import Recorder
+from alignfed.journal.recording import Recording
 from alignfed.journal.rows import Row
 from alignfed.journal.schema import RunMeta
 from alignfed.journal.store import Batching, SqliteJournal
@@ -25,6 +26,7 @@ __all__ = [
     "Encoded",
     "EvaluationRecord",
     "Recorder",
+    "Recording",
     "Recovered",
     "RecoveredServer",
     "ReplayFacts",
