@@ -18,17 +18,17 @@ from alignfed.build import (
     build_data,
     build_exchange,
     build_fleet,
-    build_settings,
     data_settings,
     model_settings,
     template_of,
 )
 from alignfed.config import Recipe
 from alignfed.config.section import BUILTIN
+from alignfed.coordinating import make_coordinator
 from alignfed.core.adapter import Adapter
 from alignfed.core.aggregation import make_rule
 from alignfed.core.coordinator import Coordinator
-from alignfed.core.lora import exchange_of, make_lora_rule
+from alignfed.core.lora import exchange_of
 from alignfed.core.ports import Calibrator, Evaluation
 from alignfed.errors import DataError, DeploymentError
 from alignfed.trainers import lora_settings
@@ -96,15 +96,9 @@ def build_serving(recipe: Recipe, client_ids: Sequence[int]) -> Serving:
             " server has none: name a file in deploy.calibration, or set"
             ' strategy.settings.alignment_map = "rank"'
         )
-    coordinator = Coordinator(
-        build_settings(recipe),
-        rule,
-        make_lora_rule(recipe.strategy.lora),
-        calibrator,
-        build_exchange(
-            recipe, build_fleet(recipe.fleet, count, recipe.seed), base.initial_adapter()
-        ),
-    )
+    fleet = build_fleet(recipe.fleet, count, recipe.seed)
+    exchange = build_exchange(recipe, fleet, base.initial_adapter())
+    coordinator = make_coordinator(recipe, calibrator, exchange)
     scoring = recipe.evaluation
     serving = Serving(recipe, base, coordinator, None, None, None, off)
     if not data.evaluation:
