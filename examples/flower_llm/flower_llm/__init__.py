@@ -1,1 +1,1 @@
-"""A federated LoRA app as one would write it for Flower, with nothing of AlignFed in its clients."""
+"""A federated LoRA app for Flower; its clients know nothing of AlignFed."""
