@@ -122,10 +122,12 @@ class Trainer:
         except (OSError, TrainerError) as error:
             _log.warning("dropped a connection: %s", error)
             return True
+        _log.info("task %d begins, from version %d", order.task_id, order.base_version)
         self._note(state="training")
         try:
             self._device.work(order, self._outbox)
             self._note(tasks=self._status.tasks + 1)
+            _log.info("task %d is finished and kept", order.task_id)
         except (AlignFedError, MemoryError, torch.OutOfMemoryError) as error:
             words = self._failed(error)
             _log.error("task %d failed: %s", order.task_id, error)
