@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from alignfed.api import resume, simulate
     from alignfed.config import Recipe, default_recipe, load_recipe
     from alignfed.errors import AlignFedError
+    from alignfed.replaying import ReplayResult, replay
     from alignfed.running import RunResult
     from alignfed.study.ablation import ablate
     from alignfed.study.comparison import StudyResult, compare
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
 _WHERE = {
     "AlignFedError": "alignfed.errors",
     "Recipe": "alignfed.config",
+    "ReplayResult": "alignfed.replaying",
     "RunResult": "alignfed.running",
     "StudyResult": "alignfed.study.comparison",
     "ablate": "alignfed.study.ablation",
     "compare": "alignfed.study.comparison",
     "default_recipe": "alignfed.config",
     "load_recipe": "alignfed.config",
+    "replay": "alignfed.replaying",
     "resume": "alignfed.api",
     "simulate": "alignfed.api",
 }
@@ -35,12 +38,14 @@ _WHERE = {
 __all__ = [
     "AlignFedError",
     "Recipe",
+    "ReplayResult",
     "RunResult",
     "StudyResult",
     "ablate",
     "compare",
     "default_recipe",
     "load_recipe",
+    "replay",
     "resume",
     "simulate",
 ]

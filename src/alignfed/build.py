@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -11,12 +10,10 @@ from typing import Any
 from alignfed import builtin
 from alignfed.config import FleetSection, Recipe
 from alignfed.config.section import BUILTIN, Section
+from alignfed.coordinating import make_coordinator, or_never
 from alignfed.core.adapter import Adapter
-from alignfed.core.aggregation import make_rule
-from alignfed.core.coordinator import Coordinator
-from alignfed.core.lora import Exchange, exchange_of, make_lora_rule
+from alignfed.core.lora import Exchange, exchange_of
 from alignfed.core.ports import ClientTrainer, Evaluation, Journal
-from alignfed.core.state import CoordinatorSettings, StopConditions
 from alignfed.errors import FleetError, RecipeError
 from alignfed.simulation.conditions import Conditions, GeneratedConditions, Variation
 from alignfed.simulation.cost import (
@@ -164,12 +161,8 @@ def assemble(loaded: Loaded, recipe: Recipe) -> Simulation:
 
     personal = loaded.personal
     parts = EngineParts(
-        coordinator=Coordinator(
-            build_settings(recipe),
-            make_rule(recipe.strategy.rule, **recipe.strategy.settings),
-            make_lora_rule(recipe.strategy.lora),
-            loaded.calibrator,
-            build_exchange(recipe, fleet, base.initial_adapter()),
+        coordinator=make_coordinator(
+            recipe, loaded.calibrator, build_exchange(recipe, fleet, base.initial_adapter())
         ),
         trainer=loaded.trainer,
         fleet=fleet,
@@ -181,30 +174,6 @@ def assemble(loaded: Loaded, recipe: Recipe) -> Simulation:
         calibration_flops_per_token=base.forward_flops_per_token(base.initial_adapter()),
     )
     return Simulation(recipe, data, base, evaluator, fleet, parts, personal)
-
-
-def build_settings(recipe: Recipe) -> CoordinatorSettings:
-    """Return the coordinator's settings."""
-    server, stop = recipe.server, recipe.stop
-    return CoordinatorSettings(
-        concurrency=server.concurrency,
-        buffer_size=server.buffer_size,
-        flush_timeout_s=_or_never(server.flush_timeout_s),
-        task_timeout_s=_or_never(server.task_timeout_s),
-        retry_backoff_s=server.retry_backoff_s,
-        max_backoff_s=server.max_backoff_s,
-        max_norm_ratio=server.max_norm_ratio or math.inf,
-        evaluate_every=recipe.evaluation.every_versions,
-        stop=StopConditions(
-            max_time_s=_or_never(stop.virtual_time_s),
-            max_uploads=_or_never(stop.uploads),
-            max_versions=_or_never(stop.versions),
-            max_tokens=_or_never(stop.tokens),
-            target_loss=-math.inf if stop.target_loss is None else stop.target_loss,
-            patience=_or_never(stop.patience),
-            min_improvement=stop.min_improvement,
-        ),
-    )
 
 
 def build_exchange(recipe: Recipe, fleet: Fleet, initial: Adapter) -> Exchange:
@@ -342,7 +311,7 @@ def _variation(section: FleetSection) -> Variation:
         slot_s=given.slot_s,
         compute_sigma=given.compute_sigma,
         network_sigma=given.network_sigma,
-        mean_on_s=_or_never(given.mean_on_s),
+        mean_on_s=or_never(given.mean_on_s),
         mean_off_s=given.mean_off_s,
         failures_per_hour=given.failures_per_hour,
     )
@@ -373,7 +342,3 @@ def _values(section: Section, settings: Any) -> dict[str, Any]:
 
 def _plain(records: Sequence[builtin.Record]) -> list[dict[str, Any]]:
     return [dict(record) for record in records]
-
-
-def _or_never(limit: float | None) -> float:
-    return math.inf if limit is None else limit

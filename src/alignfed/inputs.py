@@ -83,6 +83,7 @@ def _named(recipe: Recipe) -> list[Path]:
     if data.path != BUILTIN:
         names.append(data.path)
         names.append(data.evaluation)
+    names += [recipe.deploy.evaluation, recipe.deploy.calibration]
     paths = [Path(name).expanduser() for name in names if name]
     return [path for path in paths if path.exists()]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,12 @@ class Device:
     exchange: Exchange
     feedback: bool
 
-    def work(self, order: TaskOrder, outbox: Outbox) -> None:
+    def work(
+        self, order: TaskOrder, outbox: Outbox, report: Mapping[str, float] | None = None
+    ) -> None:
         """Train a task and put its upload, and what the client remembers, into the outbox.
 
-        A task that was finished before is left as it is.
+        A task that was finished before is left as it is. ``report`` joins the upload's metrics.
 
         Raises:
             AlignFedError: the order is not for this device's recipe, its adapter is damaged or
@@ -99,7 +102,7 @@ class Device:
             order.base_version,
             result.num_examples,
             order.encoding,
-            result.metrics,
+            {**result.metrics, **(report or {})},
         )
         carried = _recalled(outbox.remembered(run, FEEDBACK)) if self.feedback else None
         payload, lost = encode_upload(claims, self.exchange.upload(result.adapter), base, carried)

@@ -14,6 +14,12 @@ from pathlib import Path
 
 from alignfed.errors import DeploymentError
 
+SERVER_DIRECTORY = "ALIGNFED_SERVER_DIRECTORY"
+"""Environment variable that tells the ServerApp, which Flower starts, where its directory is."""
+
+DEVICE_DIRECTORY = "ALIGNFED_DEVICE_DIRECTORY"
+"""Environment variable that tells the ClientApp, which Flower starts, where its directory is."""
+
 SOCKET_PATH_BYTES = 100
 """Longest path a Unix socket gets; Linux takes 107 bytes, BSD and macOS 103."""
 
@@ -86,11 +92,6 @@ class ServerDirectory:
     def device(self, name: str) -> DeviceDirectory:
         """The directory to carry to one device."""
         return DeviceDirectory(self.devices / name)
-
-    @property
-    def run(self) -> Path:
-        """The run's directory, with the same files as a simulated run's."""
-        return self.root / "run"
 
     @property
     def state(self) -> Path:

@@ -93,9 +93,18 @@ class ServerSettings(Section):
     metrics_port: Port | None = key(
         9464, "Port of the Prometheus endpoint; unset for none.", suggested=9464
     )
+    run: str = key(
+        "run",
+        "Folder of the run's files, the same as a simulated run's; relative to this file's folder.",
+        min_length=1,
+    )
     serving: ServingSection = table(ServingSection, "How the server deals with devices.")
     limits: LimitsSection = table(LimitsSection, "What the proxy lets through.")
     log: LogSection = table(LogSection, "Logs of the processes.")
+
+    def run_folder(self, root: Path) -> Path:
+        """Return the folder of the run's files for a server whose directory is ``root``."""
+        return (root.resolve() / self.run).resolve()
 
     @model_validator(mode="after")
     def _fits(self) -> ServerSettings:

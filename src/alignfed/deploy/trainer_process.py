@@ -125,7 +125,8 @@ class Trainer:
         _log.info("task %d begins, from version %d", order.task_id, order.base_version)
         self._note(state="training")
         try:
-            self._device.work(order, self._outbox)
+            loads = {"model_loads": float(self._status.model_loads)}
+            self._device.work(order, self._outbox, loads)
             self._note(tasks=self._status.tasks + 1)
             _log.info("task %d is finished and kept", order.task_id)
         except (AlignFedError, MemoryError, torch.OutOfMemoryError) as error:

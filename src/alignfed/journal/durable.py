@@ -1,24 +1,70 @@
 """A deployed server's record: on disk before anybody outside hears of it.
 
-``record`` takes an event with what it led to; ``sync`` returns once all of that, payloads
-included, would survive a power cut. Only then may instructions be carried out and uploads be
-acknowledged. Signatures first; see ``DurableLog``.
+``record`` takes an event with what it led to; ``sync`` returns once all of that, payloads included,
+would survive a power cut. Only then may instructions be carried out and uploads be acknowledged.
+What devices sent cannot be computed again, so recovery does not cut the record back: it handles
+the recorded events once more, which must lead to the recorded instructions.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from alignfed.core.adapter import Adapter
 from alignfed.core.coordinator import Coordinator
-from alignfed.core.events import Event
-from alignfed.core.instructions import Instruction, Reject
+from alignfed.core.events import EvaluationFinished, Event, UpdateArrived, UploadRefused
+from alignfed.core.instructions import Dispatch, Evaluate, Instruction, SetTimer, Stop
 from alignfed.core.state import CoordinatorState
-from alignfed.journal.schema import RunMeta
+from alignfed.errors import JournalError
+from alignfed.journal.answers import RecordedCalibrator
+from alignfed.journal.blobs import BlobStore
+from alignfed.journal.checkpoint import Checkpoints, put_checkpoint
+from alignfed.journal.codec import Codec, rule_state_class
+from alignfed.journal.database import DamagedError
+from alignfed.journal.directory import RunDirectory
+from alignfed.journal.facts import facts_of
+from alignfed.journal.recorded import read_rows, recorded_events
+from alignfed.journal.recorder import Recorder
+from alignfed.journal.rehandle import Divergence, describe, rehandle
+from alignfed.journal.schema import CheckpointRow, RunMeta
+from alignfed.journal.store import Batching, SqliteJournal
+
+RECOVERY_TOLERANCE = 1e-4
+"""How far recovery may end from the record in numbers; after an update of torch, bits differ."""
+
+MOST_OPEN_EVALUATIONS = 8
+"""A driver that answers no ``Evaluate`` must not make the state grow; the oldest is forgotten."""
+
+_ON_REQUEST = Batching(max_rows=2**62, max_chars=2**62, max_wait_s=math.inf)
+"""Rows never go to disk before the files they name."""
+
+
+@dataclass(slots=True)
+class ServerState:
+    """What a deployed server's checkpoint holds.
+
+    Attributes:
+        coordinator: the coordinator's state.
+        unscored: adapters of versions whose ``EvaluationFinished`` is still to come, by version.
+    """
+
+    coordinator: CoordinatorState
+    unscored: dict[int, Adapter] = field(default_factory=dict)
+
+    def note(self, event: Event, instructions: Sequence[Instruction]) -> None:
+        """Keep up with an event that the coordinator has handled."""
+        if isinstance(event, EvaluationFinished):
+            self.unscored.pop(event.version, None)
+        for instruction in instructions:
+            if isinstance(instruction, Evaluate):
+                self.unscored[instruction.version] = instruction.adapter
+        while len(self.unscored) > MOST_OPEN_EVALUATIONS:
+            del self.unscored[min(self.unscored)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +106,12 @@ class DurableLog:
         log.sync()                # one wait for the disk for all of them
         ...                       # now carry out the instructions, acknowledge the uploads
         log.checkpoint(state)     # now and then: bounds recovery time and disk
-    """
 
-    directory: Any
-    meta: Mapping[str, str]
+    Attributes:
+        directory: the run's directory.
+        meta: what the run is.
+        coordinator: the one to use: its calibrator's answers go on record too.
+    """
 
     def __init__(
         self,
@@ -82,7 +130,12 @@ class DurableLog:
         Raises:
             JournalError: there is no run, it is in use, damaged or of another format.
         """
-        raise NotImplementedError
+        self._journal = SqliteJournal(root, batching=_ON_REQUEST, wall_clock=_forward(wall_clock))
+        try:
+            self._set_up(coordinator)
+        except BaseException:
+            self._journal.close()
+            raise
 
     @classmethod
     def create(
@@ -109,12 +162,21 @@ class DurableLog:
         Raises:
             JournalError: the directory holds a run already, is in use, or cannot be written.
         """
-        raise NotImplementedError
+        facts = facts_of(coordinator, keep_payloads=keep_payloads)
+        state = ServerState(coordinator.initial_state(adapter))
 
-    @property
-    def coordinator(self) -> Coordinator:
-        """The coordinator to use: its calibrator's answers go on record too."""
-        raise NotImplementedError
+        def first(directory: RunDirectory) -> CheckpointRow:
+            return put_checkpoint(state, 0, _codec(coordinator), BlobStore(directory.checkpoints))
+
+        # The journal appears together with its first checkpoint: a run has begun, or it has not.
+        SqliteJournal.create(root, replace(meta, replay=facts.to_text()), first=first).close()
+        log = cls(root, coordinator, wall_clock=wall_clock)
+        try:
+            log.recover()
+        except BaseException:
+            log.close()
+            raise
+        return log
 
     def record(self, event: Event, instructions: Sequence[Instruction]) -> None:
         """Take an event and the instructions it led to; they are on disk after ``sync``.
@@ -122,25 +184,29 @@ class DurableLog:
         Raises:
             JournalError: not recovered yet or closed, an unknown type, or the disk is full.
         """
-        raise NotImplementedError
+        server = self._recovered()
+        self._recorder.record(event, instructions)
+        server.note(event, instructions)
+        if isinstance(event, UpdateArrived):
+            self._unsynced.add((event.update.task_id, event.update.client_id))
+        elif isinstance(event, UploadRefused):
+            self._unsynced.add((event.task_id, event.client_id))
 
-    def record_refusal(self, time_s: float, reject: Reject) -> None:
-        """Take a refusal of the driver's own: of bytes that could not be made an ``Update``.
-
-        The coordinator hears nothing of it; it shows among the rejected uploads.
+    def record_cohort(self, time_s: float, task_ids: Sequence[int]) -> None:
+        """Take which tasks were computed together; devices on their own never are.
 
         Raises:
             JournalError: not recovered yet or closed, or the disk is full.
         """
-        raise NotImplementedError
-
-    def record_cohort(self, time_s: float, task_ids: Sequence[int]) -> None:
-        """Part of the port; devices train on their own, so a server records none."""
-        raise NotImplementedError
+        self._journal.record_cohort(time_s, task_ids)
 
     def record_note(self, time_s: float, name: str, values: Mapping[str, Any]) -> None:
-        """Take a fact of the driver's that is neither event nor instruction."""
-        raise NotImplementedError
+        """Take a fact of the driver's that is neither event nor instruction.
+
+        Raises:
+            JournalError: not recovered yet or closed, or the disk is full.
+        """
+        self._journal.record_note(time_s, name, values)
 
     def sync(self) -> None:
         """Return once everything recorded so far is on disk.
@@ -149,7 +215,9 @@ class DurableLog:
             JournalError: the disk is full or fails; nothing recorded since the last ``sync`` may
                 be acted upon.
         """
-        raise NotImplementedError
+        self._recorder.payloads.blobs.sync()
+        self._journal.flush()
+        self._unsynced.clear()
 
     def checkpoint(self, state: CoordinatorState) -> None:
         """Write the state down, with all recorded so far; drop what recovery no longer needs.
@@ -157,7 +225,12 @@ class DurableLog:
         Raises:
             JournalError: the disk is full or fails.
         """
-        raise NotImplementedError
+        server = self._recovered()
+        server.coordinator = state
+        self._recorder.payloads.blobs.sync()
+        self._checkpoints.write(server)
+        self._unsynced.clear()
+        self._journal.database.give_back_pages()
 
     def recover(
         self, *, recipe_sha256: str | None = None, drop_damaged: bool = False
@@ -173,15 +246,49 @@ class DurableLog:
             JournalError: damaged beyond that, another recipe, or handling the recorded events
                 again leads to other instructions than those on record.
         """
-        raise NotImplementedError
+        journal = self._journal
+        self._checkpoints.check(recipe_sha256)
+        warnings: list[str] = []
+        found = self._checkpoints.newest_whole(warnings)
+        if found is None:
+            raise JournalError(
+                f"{self.directory.root} holds no checkpoint: its run was never begun; begin it"
+                " anew in another directory",
+                path=str(self.directory.root),
+            )
+        saved, server = found
+        count, last_seq = self._rehandle(server, saved.row.seq, drop_damaged, warnings)
+        journal.cut(last_seq, saved.checkpoint_id)
+        self._recorder.payloads.load(journal.database, self._checkpoints.oldest_seq())
+        self._checkpoints.collect()
+        journal.database.give_back_pages()
+        self._server = server
+        last = journal.database.query("SELECT time_s FROM rows ORDER BY seq DESC LIMIT 1")
+        (time_s,) = next(last, (0.0,))
+        return RecoveredServer(
+            server.coordinator, self._open(server), time_s, count, tuple(warnings)
+        )
 
     def holds_upload(self, task_id: int, client_id: int) -> bool:
         """Return whether a client's answer to a task was recorded, so that it need not be again."""
-        raise NotImplementedError
+        if (task_id, client_id) in self._unsynced:
+            return True
+        found = self._journal.database.query(
+            "SELECT 1 FROM uploads WHERE task_id = ? AND client_id = ? LIMIT 1",
+            (task_id, client_id),
+        )
+        return next(found, None) is not None
 
     def close(self) -> None:
-        """Write what waits and give the directory back; calling it again changes nothing."""
-        raise NotImplementedError
+        """Write what waits and give the directory back; calling it again changes nothing.
+
+        Raises:
+            JournalError: what waits cannot be written; the directory is given back all the same.
+        """
+        try:
+            self._recorder.payloads.blobs.sync()
+        finally:
+            self._journal.close()
 
     def __enter__(self) -> DurableLog:
         """Return itself; the block's end closes it."""
@@ -190,3 +297,109 @@ class DurableLog:
     def __exit__(self, *exception: object) -> None:
         """Close."""
         self.close()
+
+    def _set_up(self, coordinator: Coordinator) -> None:
+        journal = self._journal
+        self.directory: RunDirectory = journal.directory
+        self.meta: Mapping[str, str] = journal.meta
+        self._plain = coordinator
+        self._recorder = Recorder(journal)
+        self.coordinator = self._recorder.observe(coordinator)
+        self._checkpoints = Checkpoints(journal, _codec(coordinator), self._recorder.payloads)
+        self._server: ServerState | None = None
+        self._unsynced: set[tuple[int, int]] = set()
+        with journal.database.transaction() as connection:
+            connection.execute(
+                "CREATE INDEX IF NOT EXISTS uploads_by_task ON uploads (task_id, client_id)"
+            )
+
+    def _recovered(self) -> ServerState:
+        if self._server is None:
+            raise JournalError(
+                f"the record of {self.directory.root} takes nothing before it is recovered",
+                path=str(self.directory.root),
+            )
+        return self._server
+
+    def _rehandle(
+        self, server: ServerState, seq: int, drop_damaged: bool, warnings: list[str]
+    ) -> tuple[int, int]:
+        """Bring the state from row ``seq`` to the last row that counts; return events and row."""
+        database, blobs = self._journal.database, self._recorder.payloads.blobs
+        coordinator, real = self._plain, self._plain.calibrator
+        if real is not None:
+            recorded = RecordedCalibrator(real.tokens, blobs.tensor, lambda: real, exact=False)
+            coordinator = replace(coordinator, calibrator=recorded)
+        events = recorded_events(read_rows(database, after=seq))
+        count = inexact = 0
+        try:
+            for one in rehandle(
+                coordinator,
+                server.coordinator,
+                events,
+                blobs.adapter,
+                tolerance=RECOVERY_TOLERANCE,
+            ):
+                if one.divergence is not None:
+                    raise self._diverged(one.divergence)
+                server.coordinator = one.state
+                server.note(one.event, one.instructions)
+                count += 1
+                inexact += not one.exact
+                seq = one.recorded.last_seq
+        except DamagedError as error:
+            if not drop_damaged:
+                raise JournalError(
+                    f"the record of {self.directory.root} is damaged after row {seq}: {error}; or"
+                    " recover with drop_damaged, which takes back that event and all after it",
+                    path=str(self.directory.root),
+                    seq=seq,
+                ) from error
+            warnings.append(f"all after row {seq} was taken back: {error}")
+            return count, seq
+        if inexact:
+            warnings.append(
+                f"{inexact} of {count} events handled again ended in other bits than on record,"
+                f" within {RECOVERY_TOLERANCE:g}: torch or the machine is another than before"
+            )
+        ((last,),) = list(database.query("SELECT MAX(seq) FROM rows"))
+        return count, max(seq, last or 0)
+
+    def _diverged(self, found: Divergence) -> JournalError:
+        return JournalError(
+            f"the record of {self.directory.root} cannot be handled again: at row"
+            f" {found.event.seq} ({describe(found.event, body=False)}) {found.difference}."
+            f" On record: {describe(found.expected)}. Now: {describe(found.came)}. Go on with the"
+            " version of AlignFed and the recipe that wrote it",
+            path=str(self.directory.root),
+            seq=found.event.seq,
+        )
+
+    def _open(self, server: ServerState) -> tuple[Instruction, ...]:
+        state, exchange = server.coordinator, self.coordinator.exchange
+        unscored = sorted(server.unscored.items())
+        evaluations = tuple(Evaluate(version, adapter) for version, adapter in unscored)
+        if state.stopped is not None:
+            return (*evaluations, Stop(state.stopped, state.version))
+        dispatches = (
+            Dispatch(task, state.snapshots[task.base_version].sent_to(exchange, task.client_id))
+            for task in state.tasks.values()
+        )
+        timers = (SetTimer(state.wake_at_s),) if state.wake_at_s < math.inf else ()
+        return (*dispatches, *evaluations, *timers)
+
+
+def _codec(coordinator: Coordinator) -> Codec:
+    return Codec(ServerState, rule_state_class(coordinator.rule))
+
+
+def _forward(wall_clock: Callable[[], float]) -> Callable[[], float]:
+    """A clock that is set back would have rows committed before their time."""
+    latest = -math.inf
+
+    def read() -> float:
+        nonlocal latest
+        latest = max(latest, wall_clock())
+        return latest
+
+    return read

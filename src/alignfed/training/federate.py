@@ -239,6 +239,31 @@ def own_client(
     return ClientData(name, train, kept), formatter.label_names
 
 
+def server_examples(
+    path: Path, source: str, data: DataSettings, template: TemplateSettings
+) -> list[Example]:
+    """Return the examples in a file of the server's own, each content once.
+
+    Args:
+        path: the file.
+        source: what it is, for errors.
+        data: column of labels and their names, and of what is to be exploded.
+        template: how a record becomes text.
+
+    Raises:
+        DataError: files, columns or values that do not fit, or a classifier whose classes the
+            recipe does not name.
+    """
+    if data.label_column is not None and data.label_names is None:
+        raise DataError(
+            "server and devices must agree on a classifier's classes; name them all in"
+            " data.label_names"
+        )
+    records = _exploded(read_file(path), data, source) or ()
+    examples = make_formatter(data, template, records)(records, source)
+    return list({content_key(one): one for one in examples}.values())
+
+
 def _assemble(
     holdings: Sequence[tuple[str, Sequence[Example]]],
     evaluation: Sequence[Example],

@@ -1,0 +1,173 @@
+"""The programs of a deployment: which commands, with which arguments and environment."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from alignfed.deploy.directory import (
+    DEVICE_DIRECTORY,
+    SERVER_DIRECTORY,
+    DeviceDirectory,
+    ServerDirectory,
+)
+from alignfed.deploy.settings import DeviceSettings, ServerSettings
+from alignfed.deploy.supervisor import Program
+from alignfed.errors import DeploymentError
+
+PROXY = "proxy"
+SUPERLINK = "superlink"
+SUPEREXEC = "superexec"
+SUPERNODE = "supernode"
+TRAINER = "trainer"
+
+_FLOWER = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+def server_programs(directory: ServerDirectory, settings: ServerSettings) -> list[list[Program]]:
+    """Return a server's programs, group after group as they must start.
+
+    Raises:
+        DeploymentError: Flower's commands are not installed.
+    """
+    environment = {
+        **_environment(directory.flower_home),
+        SERVER_DIRECTORY: str(directory.root.resolve()),
+    }
+    folder = directory.root.resolve()
+    superlink = Program(
+        SUPERLINK,
+        (
+            _flower("flower-superlink"),
+            "--ssl-ca-certfile",
+            str(directory.ca_certificate.resolve()),
+            "--ssl-certfile",
+            str(directory.superlink_certificate.resolve()),
+            "--ssl-keyfile",
+            str(directory.superlink_key.resolve()),
+            "--enable-supernode-auth",
+            "--superexec-auth-secret-file",
+            str(directory.superexec_secret.resolve()),
+            "--database",
+            str(directory.superlink_database.resolve()),
+            "--isolation",
+            "process",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(settings.superlink_port),
+            "--disable-runtime-dependency-installation",
+        ),
+        folder,
+        environment,
+        ready=listening("127.0.0.1", settings.superlink_port),
+    )
+    superexec = Program(
+        SUPEREXEC,
+        (
+            _flower("flower-superexec"),
+            "--runtime-api-address",
+            f"127.0.0.1:{settings.superlink_port}",
+            "--root-certificates",
+            str(directory.ca_certificate.resolve()),
+            "--superexec-auth-secret-file",
+            str(directory.superexec_secret.resolve()),
+        ),
+        folder,
+        environment,
+    )
+    dialled = "127.0.0.1" if settings.bind in ("0.0.0.0", "::") else settings.bind
+    proxy = Program(
+        PROXY,
+        (sys.executable, "-m", "alignfed.deploy.proxy", str(folder)),
+        folder,
+        environment,
+        ready=listening(dialled, settings.port),
+    )
+    return [[superlink, proxy], [superexec]]
+
+
+def device_programs(
+    directory: DeviceDirectory, settings: DeviceSettings, prefix: str = ""
+) -> list[Program]:
+    """Return a device's programs.
+
+    Args:
+        directory: where it lives.
+        settings: how it is set up.
+        prefix: put before the programs' names, where one supervisor has several devices.
+
+    Raises:
+        DeploymentError: Flower's commands are not installed.
+    """
+    folder = directory.root.resolve()
+    environment = {
+        **_environment(directory.flower_home),
+        DEVICE_DIRECTORY: str(folder),
+    }
+    threads = {} if settings.threads is None else {"OMP_NUM_THREADS": str(settings.threads)}
+    trainer = Program(
+        prefix + TRAINER,
+        (sys.executable, "-m", "alignfed.deploy.trainer_process", str(folder)),
+        folder,
+        {**environment, **threads, "OMP_WAIT_POLICY": "passive"},
+    )
+    supernode = Program(
+        prefix + SUPERNODE,
+        (
+            _flower("flower-supernode"),
+            "--superlink",
+            settings.server,
+            "--root-certificates",
+            str(directory.ca_certificate.resolve()),
+            "--auth-supernode-private-key",
+            str(directory.key.resolve()),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(settings.runtime_port),
+            "--node-config",
+            f'partition-id={settings.client} alignfed-directory="{folder}"',
+        ),
+        folder,
+        environment,
+    )
+    return [trainer, supernode]
+
+
+def listening(host: str, port: int) -> Callable[[], bool]:
+    """Return a question: does somebody listen there?"""
+
+    def asked() -> bool:
+        try:
+            with socket.create_connection((host, port), timeout=1):
+                return True
+        except OSError:
+            return False
+
+    return asked
+
+
+def _environment(home: Path) -> Mapping[str, str]:
+    # Flower's processes start others by name, so they must find those of this installation.
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    return {**_FLOWER, "FLWR_HOME": str(home.resolve()), "PATH": path}
+
+
+def _flower(command: str) -> str:
+    beside = Path(sys.executable).parent / command
+    found = str(beside) if beside.exists() else shutil.which(command)
+    if found is None:
+        raise DeploymentError(
+            f"the command {command} is not installed; pip install 'alignfed[deploy]'",
+            command=command,
+        )
+    return found
