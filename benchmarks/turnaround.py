@@ -34,9 +34,9 @@ from pathlib import Path
 
 from alignfed.build import model_settings
 from alignfed.config import default_recipe
-from alignfed.deploy.client_process import runtime_secret
 from alignfed.deploy.device import training_digest
 from alignfed.deploy.directory import DeviceDirectory
+from alignfed.deploy.pki import make_secret, write_secret
 from alignfed.deploy.settings import DeviceSettings, settings_text
 from alignfed.flower.wire import Download, encode_download
 from alignfed.trainers import lora_settings
@@ -173,7 +173,8 @@ def measure(side: str, tasks: int, root: Path) -> list[float]:
                 config = f'alignfed-directory="{directory.root}"'
                 start("supernode", *node, "--node-config", config)
             else:
-                secret = str(runtime_secret(directory))
+                write_secret(directory.runtime_secret, make_secret())
+                secret = str(directory.runtime_secret)
                 start("supernode", *node, "--isolation", "process",
                       "--superexec-auth-secret-file", secret)  # fmt: skip
                 start("client", sys.executable, "-m", "alignfed.deploy.client_process",

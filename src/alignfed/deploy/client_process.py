@@ -8,8 +8,6 @@ Code that comes with a message is not run.
 from __future__ import annotations
 
 import logging
-import os
-import secrets
 import sys
 import tomllib
 from pathlib import Path
@@ -23,26 +21,6 @@ from alignfed.flower.client_app import answer_message
 from alignfed.flower.warm_client import WarmClient
 
 
-def runtime_secret(directory: DeviceDirectory) -> Path:
-    """Return the file of the secret that SuperNode and client process share, made if missing.
-
-    Without it every user of the machine could take the device's tasks from the SuperNode's port.
-
-    Raises:
-        DeploymentError: it cannot be made.
-    """
-    path = directory.state / "runtime.secret"
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return path
-    except OSError as error:
-        raise DeploymentError(f"{path} cannot be made: {error}", path=str(path)) from error
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secrets.token_hex(32))
-    return path
-
-
 def serve(directory: DeviceDirectory) -> None:
     """Answer for a device until the process ends.
 
@@ -52,7 +30,7 @@ def serve(directory: DeviceDirectory) -> None:
     try:
         # Read bare: validating costs more imports than all the rest, and the trainer does it.
         port = tomllib.loads(directory.settings.read_text("utf-8")).get("runtime_port", 9094)
-        secret = runtime_secret(directory).read_bytes()
+        secret = directory.runtime_secret.read_bytes()
     except (OSError, ValueError) as error:
         raise DeploymentError(f"{directory.root} cannot be read: {error}") from error
     side = client_side(directory)
