@@ -14,6 +14,7 @@ from alignfed.cli import studies
 from alignfed.cli.deploy import deploy_app
 from alignfed.cli.refusal import INTERRUPTED, debugging, refusing
 from alignfed.cli.replay import replay
+from alignfed.cli.up import up
 from alignfed.progress import ProgressView
 from alignfed.version import __version__
 
@@ -178,6 +179,10 @@ def plan(recipe: RecipeOption = None, overrides: SetOption = None) -> None:
 
 
 studies.add_commands(app)
+app.command(
+    epilog="Examples: [b]alignfed up[/b]; "
+    "[b]alignfed up my.toml --devices 8 --set stop.uploads=64 --out runs/real[/b]"
+)(up)
 app.add_typer(deploy_app)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
@@ -47,6 +49,8 @@ def refusing(command: Callable[_Parameters, _Result]) -> Callable[_Parameters, _
             show_refusal(error)
             raise typer.Exit(REFUSED) from None
 
+    # Help keeps a docstring's line breaks; paragraphs are to flow.
+    wrapped.__doc__ = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(command) or "")
     return wrapped
 
 

@@ -11,6 +11,7 @@ import socket
 import sqlite3
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from alignfed.deploy.control import Control, connected
@@ -135,9 +136,13 @@ class ServerHost:
         while not stop.wait(0.2) and self.step():
             pass
 
-    def stop(self) -> None:
-        """End everything; calling it again changes nothing."""
-        self.supervisor.stop(_STOP_ORDER)
+    def stop(self, first: Sequence[Sequence[str]] = ()) -> None:
+        """End everything; calling it again changes nothing.
+
+        Args:
+            first: programs that end before the server's own, group by group.
+        """
+        self.supervisor.stop([*first, *_STOP_ORDER])
         self._app_log.close()
         if self._metrics is not None:
             self._metrics.close()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from flwr.app import Context
@@ -21,6 +20,7 @@ from alignfed.deploy.records import write_json
 from alignfed.deploy.registry import RegistryView
 from alignfed.deploy.serve import Server, serve
 from alignfed.deploy.settings import ServerSettings, load_server_settings
+from alignfed.deploy.status import status_document
 from alignfed.errors import DeploymentError
 from alignfed.flower.driver import DriverSettings
 from alignfed.flower.pace import PaceSettings
@@ -45,7 +45,7 @@ class _Report:
         if now_s < self._next_s and not ended:
             return
         self._next_s, self._stopped = now_s + STATUS_EVERY_S, status.stopped is not None
-        write_json(self._path, asdict(status))
+        write_json(self._path, status_document(status, time.time()))
 
 
 class _Registered:
@@ -72,7 +72,7 @@ def server_of(directory: ServerDirectory) -> Server:
     members = _Registered(RegistryView(directory.registry))
     return Server(
         recipe=recipe,
-        place=RunDirectory(directory.run),
+        place=RunDirectory(settings.run_folder(directory.root)),
         members=members,
         client_ids=members.client_ids,
         settings=driver_settings(settings, recipe, len(members.client_ids())),

@@ -66,12 +66,6 @@ class ServingSection(Section):
     keep_payloads: bool = key(
         False, "Keep every upload, so that the run can be replayed from its start."
     )
-    disk_bytes: int = key(
-        20 * 1024 * MIB,
-        "Room for snapshots and payloads of the run, in bytes; without keep_payloads old ones are"
-        " dropped long before.",
-        ge=64 * MIB,
-    )
 
 
 class ServerSettings(Section):
