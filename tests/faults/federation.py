@@ -15,7 +15,7 @@ from pathlib import Path
 from alignfed.config import default_recipe
 from alignfed.deploy.control import connected
 from alignfed.deploy.creating import add_device, create_server
-from alignfed.deploy.processes import device_programs
+from alignfed.deploy.processes import supernode_program
 from alignfed.deploy.server import ServerHost
 from alignfed.deploy.session import marked_processes
 from alignfed.deploy.settings import ServerSettings, load_device_settings, make_settings
@@ -71,8 +71,8 @@ class Federation:
         if server is not None:
             settings = settings.model_copy(update={"server": server})
         device.prepare()
-        programs = device_programs(device, settings, f"{device.root.name}-")
-        (supernode,) = [one for one in programs if "supernode" in one.name]
+        # The echo app travels with its messages, so Flower starts it; our own clients stay.
+        supernode = supernode_program(device, settings, f"{device.root.name}-", warm=False)
         with self._lock:
             self.host.supervisor.start([supernode])
         return supernode.name

@@ -11,14 +11,13 @@ from pathlib import Path
 
 from flwr.app import Context
 
-from alignfed.deploy.directory import DeviceDirectory
+from alignfed.deploy.directory import DEVICE_DIRECTORY, DeviceDirectory
 from alignfed.errors import DeploymentError
 from alignfed.flower.client_app import ClientSide, make_app
 from alignfed.flower.outbox import Outbox
 from alignfed.flower.training_socket import TrainerClient
 
 NODE_CONFIG = "alignfed-directory"
-ENVIRONMENT = "ALIGNFED_DEVICE_DIRECTORY"
 
 
 def client_side(directory: DeviceDirectory) -> ClientSide:
@@ -32,7 +31,7 @@ def client_side(directory: DeviceDirectory) -> ClientSide:
 
 
 def _find(context: Context) -> ClientSide:
-    root = context.node_config.get(NODE_CONFIG) or os.environ.get(ENVIRONMENT)
+    root = context.node_config.get(NODE_CONFIG) or os.environ.get(DEVICE_DIRECTORY)
     if not root:
         raise DeploymentError(
             f"this SuperNode does not know its device: start it with `alignfed deploy device`, or"

@@ -212,6 +212,11 @@ class DeviceDirectory:
         return self.state / "flower"
 
     @property
+    def runtime_secret(self) -> Path:
+        """What SuperNode and client process know each other by."""
+        return self.state / "runtime.secret"
+
+    @property
     def lock(self) -> Path:
         """The file that carries the running device's lock."""
         return self.state / "device.lock"

@@ -39,7 +39,7 @@ class DeviceHost:
         self.supervisor = Supervisor(logs, directory.processes, adopts=adopts)
 
     def start(self) -> None:
-        """Start trainer and SuperNode; both find the other when it is there.
+        """Start trainer, client process and SuperNode; each finds the others when they are there.
 
         Raises:
             DeploymentError: a program cannot be started.
@@ -51,7 +51,7 @@ class DeviceHost:
         self.supervisor.run(stop)
 
     def stop(self) -> None:
-        """End both, the SuperNode first, so that no task comes to a trainer that is gone."""
+        """End all, the SuperNode first, so that no task comes to a trainer that is gone."""
         self.supervisor.stop([[program.name] for program in reversed(self._programs)])
         self._lock.release()
 

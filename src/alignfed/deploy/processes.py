@@ -15,6 +15,7 @@ from alignfed.deploy.directory import (
     DeviceDirectory,
     ServerDirectory,
 )
+from alignfed.deploy.pki import make_secret, write_secret
 from alignfed.deploy.settings import DeviceSettings, ServerSettings
 from alignfed.deploy.supervisor import Program
 from alignfed.errors import DeploymentError
@@ -24,6 +25,7 @@ SUPERLINK = "superlink"
 SUPEREXEC = "superexec"
 SUPERNODE = "supernode"
 TRAINER = "trainer"
+CLIENT = "client"
 
 _FLOWER = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -109,10 +111,7 @@ def device_programs(
         DeploymentError: Flower's commands are not installed.
     """
     folder = directory.root.resolve()
-    environment = {
-        **_environment(directory.flower_home),
-        DEVICE_DIRECTORY: str(folder),
-    }
+    environment = _device_environment(directory)
     threads = {} if settings.threads is None else {"OMP_NUM_THREADS": str(settings.threads)}
     trainer = Program(
         prefix + TRAINER,
@@ -120,7 +119,38 @@ def device_programs(
         folder,
         {**environment, **threads, "OMP_WAIT_POLICY": "passive"},
     )
-    supernode = Program(
+    client = Program(
+        prefix + CLIENT,
+        (sys.executable, "-m", "alignfed.deploy.client_process", str(folder)),
+        folder,
+        environment,
+    )
+    return [trainer, client, supernode_program(directory, settings, prefix)]
+
+
+def supernode_program(
+    directory: DeviceDirectory, settings: DeviceSettings, prefix: str = "", *, warm: bool = True
+) -> Program:
+    """Return a device's SuperNode.
+
+    Args:
+        directory: where the device lives; the secret is made there if missing.
+        settings: how it is set up.
+        prefix: put before the program's name.
+        warm: whether the device's client process answers its messages; else Flower starts the
+            ClientApp that came with each.
+
+    Raises:
+        DeploymentError: Flower's commands are not installed, or the secret cannot be written.
+    """
+    folder = directory.root.resolve()
+    isolation: tuple[str, ...] = ()
+    if warm:
+        if not directory.runtime_secret.exists():
+            write_secret(directory.runtime_secret, make_secret())
+        secret = str(directory.runtime_secret.resolve())
+        isolation = ("--isolation", "process", "--superexec-auth-secret-file", secret)
+    return Program(
         prefix + SUPERNODE,
         (
             _flower("flower-supernode"),
@@ -134,13 +164,13 @@ def device_programs(
             "127.0.0.1",
             "--port",
             str(settings.runtime_port),
+            *isolation,
             "--node-config",
             f'partition-id={settings.client} alignfed-directory="{folder}"',
         ),
         folder,
-        environment,
+        _device_environment(directory),
     )
-    return [trainer, supernode]
 
 
 def listening(host: str, port: int) -> Callable[[], bool]:
@@ -154,6 +184,13 @@ def listening(host: str, port: int) -> Callable[[], bool]:
             return False
 
     return asked
+
+
+def _device_environment(directory: DeviceDirectory) -> Mapping[str, str]:
+    return {
+        **_environment(directory.flower_home),
+        DEVICE_DIRECTORY: str(directory.root.resolve()),
+    }
 
 
 def _environment(home: Path) -> Mapping[str, str]:

@@ -22,7 +22,7 @@ from alignfed.config import Recipe, load_recipe, make_recipe
 from alignfed.deploy.creating import add_device, create_server
 from alignfed.deploy.directory import DeviceDirectory, ServerDirectory
 from alignfed.deploy.loglines import BoundedLog
-from alignfed.deploy.processes import SUPERNODE, TRAINER, device_programs
+from alignfed.deploy.processes import CLIENT, SUPERNODE, TRAINER, device_programs
 from alignfed.deploy.records import read_json, records_to
 from alignfed.deploy.registry import load_registry
 from alignfed.deploy.server import ServerHost
@@ -137,7 +137,7 @@ def _go_on(
         host.stop(
             [
                 [_prefix(device) + SUPERNODE for device in found],
-                [_prefix(device) + TRAINER for device in found],
+                [_prefix(device) + name for device in found for name in (CLIENT, TRAINER)],
             ]
         )
     if not host.completed:

@@ -87,13 +87,22 @@ class ClientSide:
         return Uploads(run, payloads)
 
 
+def answer_message(side: ClientSide, message: Message) -> Message:
+    """Return a device's reply to a Flower message.
+
+    Raises:
+        ProtocolError: the message is no order.
+        DeploymentError: the device's disk fails.
+    """
+    return Message(write_reply(side.answer(read_order(message.content))), reply_to=message)
+
+
 def make_app(find: Callable[[Context], ClientSide]) -> ClientApp:
     """Return a Flower ClientApp that answers with the device that ``find`` returns."""
     app = ClientApp()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        reply = find(context).answer(read_order(message.content))
-        return Message(write_reply(reply), reply_to=message)
+        return answer_message(find(context), message)
 
     return app

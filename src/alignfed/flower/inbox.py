@@ -151,8 +151,9 @@ class Inbox:
         loads = found.metrics.get("model_loads")
         if loads is not None and 0 <= loads < 1e9:
             client.model_loads = int(loads)
+        version = task.base_version if found.base_version is None else found.base_version
         update = Update(
-            task_id, client_id, found.base_version, found.adapter, found.num_examples, found.metrics
+            task_id, client_id, version, found.adapter, found.num_examples, found.metrics
         )
         return UpdateArrived(now_s, update)
 
