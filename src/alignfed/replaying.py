@@ -27,8 +27,8 @@ from alignfed.core.state import CoordinatorState
 from alignfed.errors import AlignFedError, JournalError
 from alignfed.journal import Codec, Recording, rule_state_class, this_platform
 from alignfed.journal.answers import RecordedCalibrator
-from alignfed.journal.durable import ServerState
 from alignfed.journal.rehandle import Divergence, rehandle
+from alignfed.journal.serving import ServerState
 from alignfed.simulation.state import CHECKPOINTED, RunState
 
 ELSEWHERE_TOLERANCE = 1e-4

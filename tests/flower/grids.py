@@ -57,7 +57,7 @@ class FakeDevice:
     trained: list[int] = field(default_factory=list)
     orders: list[Order] = field(default_factory=list)
 
-    def take(self, content: RecordDict) -> tuple[float, RecordDict | Error | None]:
+    def take(self, content: RecordDict) -> tuple[float, Order, RecordDict | Error | None]:
         order = messages.read_order(content)
         self.orders.append(order)
         for task_id in order.acknowledged:
@@ -65,8 +65,8 @@ class FakeDevice:
         found = (self.answer or FakeDevice.honest)(self, order)
         takes_s = self.takes_s if isinstance(order, TaskOrder) else 0.5
         if isinstance(found, Uploads | Failure):
-            return takes_s, messages.write_reply(found)
-        return takes_s, found
+            return takes_s, order, messages.write_reply(found)
+        return takes_s, order, found
 
     def honest(self, order: Order) -> Reply:
         if isinstance(order, TaskOrder) and order.task_id not in self.outbox:
@@ -130,8 +130,8 @@ class ScriptedGrid(Grid):
             self._count += 1
             message.metadata.__dict__["_message_id"] = f"m{self._count}"
             ids.append(f"m{self._count}")
-            self.pushed.append((node_id, messages.read_order(message.content)))
-            takes_s, answer = self.devices[node_id].take(message.content)
+            takes_s, order, answer = self.devices[node_id].take(message.content)
+            self.pushed.append((node_id, order))
             if answer is None:
                 continue
             reply = (

@@ -22,9 +22,9 @@ from tests.core.adapters import make_adapter
 from tests.flower.grids import Clock, Everybody, FakeDevice, ScriptedGrid
 
 
-def evaluate(adapter: Adapter) -> Evaluation:
+def evaluate(asked: Evaluate) -> Evaluation:
     """Score an adapter by its first element."""
-    (buffer,) = adapter.buffers.values()
+    (buffer,) = asked.adapter.buffers.values()
     return Evaluation(1.0 - float(buffer[0]), None, 1)
 
 

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from alignfed.core.instructions import Dispatch, Evaluate, Reject, RejectReason, SetTimer, Stop
+from alignfed.core.events import ClientJoined, UploadRefused
+from alignfed.core.instructions import Dispatch, Evaluate, RejectReason, SetTimer, Stop
 from alignfed.errors import JournalError
 from alignfed.journal import DurableLog, RunReader
+from alignfed.journal.serving import MOST_OPEN_EVALUATIONS, ServerState
 from tests.core.adapters import make_adapter
 from tests.journal import serving
 from tests.journal.serving import Server, fingerprint, make_coordinator
@@ -120,13 +122,8 @@ def test_evaluations_timers_and_the_end_are_still_open_after_a_restart(tmp_path:
     server.log.close()
 
 
-def test_a_driver_that_scores_nothing_does_not_grow_the_state(tmp_path: Path) -> None:
-    log = serve(tmp_path, 30).log
-    state = log.coordinator.initial_state(make_adapter())
-    log.close()
-    from alignfed.journal.durable import MOST_OPEN_EVALUATIONS, ServerState
-
-    server = ServerState(state)
+def test_a_driver_that_scores_nothing_does_not_grow_the_state() -> None:
+    server = ServerState(make_coordinator().initial_state(make_adapter()))
     for version in range(50):
         server.note(object(), [Evaluate(version, make_adapter())])  # type: ignore[arg-type]
     assert list(server.unscored) == list(range(50 - MOST_OPEN_EVALUATIONS, 50))
@@ -139,8 +136,11 @@ def test_an_answered_task_is_known_before_and_after_it_is_on_disk(tmp_path: Path
         (client_id,) = [u.client_id for u in reader.uploads() if u.task_id == task_id]
     assert server.log.holds_upload(task_id, client_id)
     assert not server.log.holds_upload(task_id, client_id + 1)
-    reject = Reject(7_777, 2, RejectReason.UNKNOWN_TASK, "bytes that are no upload")
-    server.log.record_refusal(server.time_s, reject)
+    refused = UploadRefused(
+        server.time_s, 7_777, 2, RejectReason.UNKNOWN_TASK, "bytes that are no upload"
+    )
+    server.state, instructions = server.log.coordinator.handle(server.state, refused)
+    server.log.record(refused, instructions)
     assert server.log.holds_upload(7_777, 2)
     server.log.sync()
     assert server.log.holds_upload(7_777, 2)
@@ -149,8 +149,51 @@ def test_an_answered_task_is_known_before_and_after_it_is_on_disk(tmp_path: Path
         assert [u.reason for u in reader.uploads("rejected") if u.task_id == 7_777] == [
             "unknown_task"
         ]
-    again = Server.restart(tmp_path, make_coordinator())  # a refusal is no event
+    again = Server.restart(tmp_path, make_coordinator())
     assert again.log.holds_upload(7_777, 2)
+    again.log.close()
+
+
+def test_after_an_event_that_could_not_be_recorded_nothing_is_taken_until_recovery(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(tmp_path, 5)
+    received = server.state.received
+
+    def full(*arguments: object) -> None:
+        raise JournalError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("alignfed.journal.blobs.BlobStore.put_adapter", full)
+        with pytest.raises(JournalError, match="No space left"):
+            server.step()
+    with pytest.raises(JournalError, match="could not be recorded; open it again and recover"):
+        server.take([ClientJoined(server.time_s, 0)])
+    with pytest.raises(JournalError, match="open it again"):
+        server.checkpoint()
+    server.log.close()
+    again = Server.restart(tmp_path, make_coordinator())
+    assert again.state.received == received
+    again.log.close()
+
+
+def test_a_wait_for_the_disk_that_failed_can_be_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(tmp_path, 5)
+
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("alignfed.journal.blobs.sync", full)
+        with pytest.raises(JournalError, match="No space left"):
+            server.step()
+    server.log.sync()
+    wanted = fingerprint(server.state, make_coordinator())
+    server.log.close()
+    again = Server.restart(tmp_path, make_coordinator())
+    assert fingerprint(again.state, make_coordinator()) == wanted
     again.log.close()
 
 
@@ -159,7 +202,7 @@ def test_nothing_is_taken_before_recovery(tmp_path: Path) -> None:
     state = server.state
     server.log.close()
     with DurableLog(tmp_path, make_coordinator()) as log:
-        with pytest.raises(JournalError, match="before it is recovered"):
+        with pytest.raises(JournalError, match="was not recovered yet"):
             log.checkpoint(state)
         with pytest.raises(JournalError, match="another recipe"):
             log.recover(recipe_sha256="cd" * 32)

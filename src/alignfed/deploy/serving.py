@@ -28,6 +28,7 @@ from alignfed.coordinating import make_coordinator
 from alignfed.core.adapter import Adapter
 from alignfed.core.aggregation import make_rule
 from alignfed.core.coordinator import Coordinator
+from alignfed.core.instructions import Evaluate
 from alignfed.core.lora import exchange_of
 from alignfed.core.ports import Calibrator, Evaluation
 from alignfed.errors import DataError, DeploymentError
@@ -59,7 +60,7 @@ class Serving:
     recipe: Recipe
     base: BaseModel
     coordinator: Coordinator
-    evaluate: Callable[[Adapter], Evaluation] | None
+    evaluate: Callable[[Evaluate], Evaluation] | None
     evaluate_fully: Callable[[Adapter], Evaluation] | None
     evaluate_clients: Callable[[Adapter], Mapping[int, Evaluation]] | None
     off: tuple[str, ...]
@@ -108,9 +109,9 @@ def build_serving(recipe: Recipe, client_ids: Sequence[int]) -> Serving:
     )
     evaluator = HeldOutEvaluator(base, encoder, data, settings)
 
-    def evaluate(adapter: Adapter) -> Evaluation:
+    def evaluate(asked: Evaluate) -> Evaluation:
         with turns:
-            return evaluator.evaluate(adapter, with_score=scoring.measure != "loss")
+            return evaluator.evaluate(asked.adapter, with_score=scoring.measure != "loss")
 
     def evaluate_fully(adapter: Adapter) -> Evaluation:
         with turns:

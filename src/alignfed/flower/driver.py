@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 
 from flwr.serverapp import Grid
 
-from alignfed.core.adapter import Adapter
 from alignfed.core.coordinator import Coordinator
 from alignfed.core.events import (
     ClientJoined,
@@ -87,7 +86,7 @@ class DriverParts:
         members: tells who is behind a node.
         clock: returns seconds; only differences count.
         sleep: waits so many seconds.
-        evaluate: scores a version; None: evaluations are off.
+        evaluate: scores a version, in a thread of its own; None: evaluations are off.
         settings: times and limits.
         watch: called after each step with the driver.
     """
@@ -99,7 +98,7 @@ class DriverParts:
     members: Members
     clock: Callable[[], float]
     sleep: Callable[[float], None]
-    evaluate: Callable[[Adapter], Evaluation] | None = None
+    evaluate: Callable[[Evaluate], Evaluation] | None = None
     settings: DriverSettings = field(default_factory=DriverSettings)
     watch: Callable[[Driver], None] | None = None
 

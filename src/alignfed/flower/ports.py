@@ -83,13 +83,14 @@ class Decoded:
     """An upload that can be told to the coordinator.
 
     Attributes:
-        base_version: the version it claims to start from.
+        base_version: the version it claims to start from; None: it claims none, so it is the
+            task's.
         adapter: what travelled, in the layout that was expected.
         num_examples: training examples it claims.
         metrics: what the device reports.
     """
 
-    base_version: int
+    base_version: int | None
     adapter: Adapter
     num_examples: int
     metrics: Mapping[str, float]

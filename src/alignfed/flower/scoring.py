@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from alignfed.core.adapter import Adapter
 from alignfed.core.instructions import Evaluate
 from alignfed.core.ports import Evaluation
 
@@ -27,7 +26,7 @@ class Scored:
 class Scoring:
     """Scores one version after the other in a thread that begins when there is something to do."""
 
-    def __init__(self, evaluate: Callable[[Adapter], Evaluation]) -> None:
+    def __init__(self, evaluate: Callable[[Evaluate], Evaluation]) -> None:
         """Score with ``evaluate``, which one thread at a time calls."""
         self._evaluate = evaluate
         self._waiting: deque[Evaluate] = deque()
@@ -73,7 +72,7 @@ class Scoring:
 
         def score() -> None:
             try:
-                self._done.put(Scored(instruction.version, self._evaluate(instruction.adapter)))
+                self._done.put(Scored(instruction.version, self._evaluate(instruction)))
             except BaseException as error:  # handed to whoever asks next
                 self._done.put(error)
 

@@ -9,13 +9,14 @@ from alignfed.journal.atomic import write_summary, write_text_atomically
 from alignfed.journal.checkpoint import Checkpoints, Recovered
 from alignfed.journal.codec import Codec, Encoded, rule_state_class
 from alignfed.journal.directory import RunDirectory
-from alignfed.journal.durable import DurableLog, RecoveredServer
+from alignfed.journal.durable import DurableLog
 from alignfed.journal.facts import ReplayFacts, facts_of, read_facts, this_platform
 from alignfed.journal.reader import EvaluationRecord, RunReader, UploadRecord, VersionRecord
 from alignfed.journal.recorder import Recorder
 from alignfed.journal.recording import Recording
 from alignfed.journal.rows import Row
 from alignfed.journal.schema import RunMeta
+from alignfed.journal.serving import RecoveredServer
 from alignfed.journal.store import Batching, SqliteJournal
 
 __all__ = [

@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from alignfed.core.adapter import Adapter
 from alignfed.core.coordinator import Coordinator
-from alignfed.core.events import EvaluationFinished, Event, UpdateArrived, UploadRefused
-from alignfed.core.instructions import Dispatch, Evaluate, Instruction, SetTimer, Stop
+from alignfed.core.events import Event, UpdateArrived, UploadRefused
+from alignfed.core.instructions import Instruction
 from alignfed.core.state import CoordinatorState
 from alignfed.errors import JournalError
 from alignfed.journal.answers import RecordedCalibrator
@@ -31,66 +31,23 @@ from alignfed.journal.facts import facts_of
 from alignfed.journal.recorded import read_rows, recorded_events
 from alignfed.journal.recorder import Recorder
 from alignfed.journal.rehandle import Divergence, describe, rehandle
+from alignfed.journal.rows import integer
 from alignfed.journal.schema import CheckpointRow, RunMeta
+from alignfed.journal.serving import RecoveredServer, ServerState, open_instructions
 from alignfed.journal.store import Batching, SqliteJournal
 
 RECOVERY_TOLERANCE = 1e-4
 """How far recovery may end from the record in numbers; after an update of torch, bits differ."""
 
-MOST_OPEN_EVALUATIONS = 8
-"""A driver that answers no ``Evaluate`` must not make the state grow; the oldest is forgotten."""
-
 _ON_REQUEST = Batching(max_rows=2**62, max_chars=2**62, max_wait_s=math.inf)
 """Rows never go to disk before the files they name."""
 
 
-@dataclass(slots=True)
-class ServerState:
-    """What a deployed server's checkpoint holds.
-
-    Attributes:
-        coordinator: the coordinator's state.
-        unscored: adapters of versions whose ``EvaluationFinished`` is still to come, by version.
-    """
-
-    coordinator: CoordinatorState
-    unscored: dict[int, Adapter] = field(default_factory=dict)
-
-    def note(self, event: Event, instructions: Sequence[Instruction]) -> None:
-        """Keep up with an event that the coordinator has handled."""
-        if isinstance(event, EvaluationFinished):
-            self.unscored.pop(event.version, None)
-        for instruction in instructions:
-            if isinstance(instruction, Evaluate):
-                self.unscored[instruction.version] = instruction.adapter
-        while len(self.unscored) > MOST_OPEN_EVALUATIONS:
-            del self.unscored[min(self.unscored)]
-
-
-@dataclass(frozen=True, slots=True)
-class RecoveredServer:
-    """Where a server goes on.
-
-    Attributes:
-        state: the coordinator's, after every recorded event.
-        instructions: what is still to be carried out: a ``Dispatch`` for every task in flight
-            (its device may have it already, or have finished it: task ids are idempotent), an
-            ``Evaluate`` for every version whose ``EvaluationFinished`` is not on record, the
-            latest ``SetTimer``, and ``Stop`` where the run is over.
-        time_s: the driver's clock at the last recorded event; later events must not be earlier.
-        rehandled: events handled again after the checkpoint.
-        warnings: damage that was met and passed over, in words.
-    """
-
-    state: CoordinatorState
-    instructions: tuple[Instruction, ...]
-    time_s: float
-    rehandled: int
-    warnings: tuple[str, ...]
-
-
 class DurableLog:
     """Implements ``core.ports.Journal`` for a driver in real time. One thread uses it.
+
+    What ``record`` was given and could not take leaves a coordinator ahead of its record: after an
+    error, open the directory again and recover.
 
     A driver's loop::
 
@@ -130,12 +87,24 @@ class DurableLog:
         Raises:
             JournalError: there is no run, it is in use, damaged or of another format.
         """
-        self._journal = SqliteJournal(root, batching=_ON_REQUEST, wall_clock=_forward(wall_clock))
+        journal = SqliteJournal(root, batching=_ON_REQUEST, wall_clock=_forward(wall_clock))
+        self._journal = journal
+        self.directory = journal.directory
+        self.meta: Mapping[str, str] = journal.meta
+        self._plain = coordinator
+        self._server: ServerState | None = None
+        self._unsynced: set[tuple[int, int]] = set()
         try:
-            self._set_up(coordinator)
+            self._recorder = Recorder(journal)
+            self._checkpoints = Checkpoints(journal, _codec(coordinator), self._recorder.payloads)
+            with journal.database.transaction() as connection:
+                connection.execute(
+                    "CREATE INDEX IF NOT EXISTS uploads_by_task ON uploads (task_id, client_id)"
+                )
         except BaseException:
-            self._journal.close()
+            journal.close()
             raise
+        self.coordinator = self._recorder.observe(coordinator)
 
     @classmethod
     def create(
@@ -184,9 +153,10 @@ class DurableLog:
         Raises:
             JournalError: not recovered yet or closed, an unknown type, or the disk is full.
         """
-        server = self._recovered()
+        server, self._server = self._recovered(), None
         self._recorder.record(event, instructions)
         server.note(event, instructions)
+        self._server = server
         if isinstance(event, UpdateArrived):
             self._unsynced.add((event.update.task_id, event.update.client_id))
         elif isinstance(event, UploadRefused):
@@ -263,21 +233,24 @@ class DurableLog:
         self._checkpoints.collect()
         journal.database.give_back_pages()
         self._server = server
-        last = journal.database.query("SELECT time_s FROM rows ORDER BY seq DESC LIMIT 1")
-        (time_s,) = next(last, (0.0,))
+        last = list(journal.database.query("SELECT time_s FROM rows ORDER BY seq DESC LIMIT 1"))
+        time_s = last[0][0] if last else 0.0
         return RecoveredServer(
-            server.coordinator, self._open(server), time_s, count, tuple(warnings)
+            server.coordinator,
+            open_instructions(server, self.coordinator.exchange),
+            time_s,
+            count,
+            tuple(warnings),
         )
 
     def holds_upload(self, task_id: int, client_id: int) -> bool:
         """Return whether a client's answer to a task was recorded, so that it need not be again."""
         if (task_id, client_id) in self._unsynced:
             return True
-        found = self._journal.database.query(
-            "SELECT 1 FROM uploads WHERE task_id = ? AND client_id = ? LIMIT 1",
-            (task_id, client_id),
-        )
-        return next(found, None) is not None
+        if integer(task_id) is None or integer(client_id) is None:
+            return False
+        query = "SELECT 1 FROM uploads WHERE task_id = ? AND client_id = ? LIMIT 1"
+        return bool(list(self._journal.database.query(query, (task_id, client_id))))
 
     def close(self) -> None:
         """Write what waits and give the directory back; calling it again changes nothing.
@@ -298,25 +271,11 @@ class DurableLog:
         """Close."""
         self.close()
 
-    def _set_up(self, coordinator: Coordinator) -> None:
-        journal = self._journal
-        self.directory: RunDirectory = journal.directory
-        self.meta: Mapping[str, str] = journal.meta
-        self._plain = coordinator
-        self._recorder = Recorder(journal)
-        self.coordinator = self._recorder.observe(coordinator)
-        self._checkpoints = Checkpoints(journal, _codec(coordinator), self._recorder.payloads)
-        self._server: ServerState | None = None
-        self._unsynced: set[tuple[int, int]] = set()
-        with journal.database.transaction() as connection:
-            connection.execute(
-                "CREATE INDEX IF NOT EXISTS uploads_by_task ON uploads (task_id, client_id)"
-            )
-
     def _recovered(self) -> ServerState:
         if self._server is None:
             raise JournalError(
-                f"the record of {self.directory.root} takes nothing before it is recovered",
+                f"the record of {self.directory.root} takes nothing: it was not recovered yet, or"
+                " an event could not be recorded; open it again and recover",
                 path=str(self.directory.root),
             )
         return self._server
@@ -374,19 +333,6 @@ class DurableLog:
             path=str(self.directory.root),
             seq=found.event.seq,
         )
-
-    def _open(self, server: ServerState) -> tuple[Instruction, ...]:
-        state, exchange = server.coordinator, self.coordinator.exchange
-        unscored = sorted(server.unscored.items())
-        evaluations = tuple(Evaluate(version, adapter) for version, adapter in unscored)
-        if state.stopped is not None:
-            return (*evaluations, Stop(state.stopped, state.version))
-        dispatches = (
-            Dispatch(task, state.snapshots[task.base_version].sent_to(exchange, task.client_id))
-            for task in state.tasks.values()
-        )
-        timers = (SetTimer(state.wake_at_s),) if state.wake_at_s < math.inf else ()
-        return (*dispatches, *evaluations, *timers)
 
 
 def _codec(coordinator: Coordinator) -> Codec:

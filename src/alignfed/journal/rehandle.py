@@ -105,8 +105,8 @@ def rehandle(
             if isinstance(calibrator, RecordedCalibrator):
                 calibrator.refuse_rest()
         except _DIVERGED as error:
-            divergence = Divergence(recorded.row, None, None, None, str(error))
-            yield Rehandled(recorded, event, (), state, False, divergence)
+            raised = Divergence(recorded.row, None, None, None, str(error))
+            yield Rehandled(recorded, event, (), state, False, raised)
             return
         exact, divergence = _compare(recorded, instructions, read_adapter, tolerance)
         yield Rehandled(recorded, event, tuple(instructions), state, exact, divergence)
@@ -168,7 +168,7 @@ def _difference(
         if wanted == found:
             continue
         if key == "adapter" and isinstance(instruction, Publish):
-            problem = _adapter_difference(wanted, instruction.adapter, read_adapter, tolerance)
+            problem = _adapter_difference(str(wanted), instruction.adapter, read_adapter, tolerance)
         elif key == "detail" and tolerance > 0:
             problem = None  # numbers within words; the reason beside it has been compared
         else:
