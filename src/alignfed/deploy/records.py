@@ -6,13 +6,39 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
+def _to_standard_error(line: bytes) -> None:
+    sys.stderr.buffer.write(line)
+    sys.stderr.flush()
+
+
+class _Sink:
+    """Where this process's lines go; a supervisor keeps those on standard error."""
+
+    write: Callable[[bytes], None] = staticmethod(_to_standard_error)
+
+
+@contextmanager
+def records_to(write: Callable[[bytes], None]) -> Iterator[None]:
+    """Have this process's lines go elsewhere for a while.
+
+    Args:
+        write: takes one line, its end included.
+    """
+    before, _Sink.write = _Sink.write, staticmethod(write)
+    try:
+        yield
+    finally:
+        _Sink.write = staticmethod(before)
+
+
 def log_record(event: str, **values: Any) -> None:
-    """Write one line of JSON to standard error, which the supervisor keeps.
+    """Write one line of JSON to standard error, or where ``records_to`` says.
 
     Args:
         event: what happened, in one word or two joined by an underscore.
@@ -21,8 +47,7 @@ def log_record(event: str, **values: Any) -> None:
     kept = {name: value for name, value in values.items() if value is not None}
     stamp = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
     line = json.dumps({"time": stamp, "event": event, **kept}, default=str)
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
+    _Sink.write(line.encode("utf-8") + b"\n")
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

@@ -31,9 +31,6 @@ LOOK_EVERY_S = 1.0
 STARTING_S = 60.0
 """How long Flower may take until a ServerApp's process is there."""
 
-QUICK_S = 60.0
-"""A ServerApp that fails sooner than this has not got anywhere."""
-
 _APP_COMMAND = b"flwr-serverapp"
 _STOP_ORDER = ((SUPEREXEC,), (SUPERLINK,), (PROXY,))
 
@@ -56,8 +53,8 @@ class ServerHost:
             directory: the server's.
             settings: its settings.
             app: folder of the Flower app to run.
-            give_up_after: quick failures of the ServerApp in a row after which it is not started
-                again; None: never.
+            give_up_after: failures of the ServerApp in a row, each before it served anything, after
+                which it is not started again; None: never.
             adopts: as ``Supervisor`` has it.
 
         Raises:
@@ -78,10 +75,11 @@ class ServerHost:
         self._synchronised: object = None
         self._run_id: int | None = None
         self._run_started_s = 0.0
+        self._run_began_s = 0.0
         self._app_seen = False
         self._start_again_s = 0.0
         self._pause_s = FIRST_PAUSE_S
-        self._quick_failures = 0
+        self._failures = 0
         self._looked_s = 0.0
         self._metrics: Endpoint | None = None
         self.completed = False
@@ -155,7 +153,7 @@ class ServerHost:
 
     @property
     def _given_up(self) -> bool:
-        return self._give_up_after is not None and self._quick_failures >= self._give_up_after
+        return self._give_up_after is not None and self._failures >= self._give_up_after
 
     def _synchronise(self, control: Control) -> None:
         """Make Flower know whom the registry knows, and nobody else."""
@@ -178,6 +176,7 @@ class ServerHost:
     def _start_app(self, control: Control) -> None:
         self._run_id = control.start_run(self._app, {})
         self._run_started_s = time.monotonic()
+        self._run_began_s = time.time()
         self._app_seen = False
         write_json(self._run_file, {"run_id": self._run_id, "time_s": time.time()})
         log_record("flower_run_started", run_id=self._run_id)
@@ -205,9 +204,9 @@ class ServerHost:
         self._note_failure(run.details or run.outcome, said, now_s)
 
     def _note_failure(self, details: str, said: str, now_s: float) -> None:
-        quick = now_s - self._run_started_s < QUICK_S
-        self._quick_failures = self._quick_failures + 1 if quick else 0
-        self._pause_s = min(LONGEST_PAUSE_S, 2 * self._pause_s) if quick else FIRST_PAUSE_S
+        idle = not self._has_served()
+        self._failures = self._failures + 1 if idle else 0
+        self._pause_s = min(LONGEST_PAUSE_S, 2 * self._pause_s) if idle else FIRST_PAUSE_S
         self._start_again_s = now_s + self._pause_s
         log_record(
             "server_app_ended", run_id=self._run_id, details=details, again_in_s=self._pause_s
@@ -216,10 +215,15 @@ class ServerHost:
         if self._given_up:
             words = "\n".join(said.strip().splitlines()[-12:])
             raise DeploymentError(
-                f"the ServerApp failed {self._quick_failures} times in a row; its last lines, from"
+                f"the ServerApp failed {self._failures} times in a row; its last lines, from"
                 f" {self._app_log.path}:\n{words}",
                 details=details,
             )
+
+    def _has_served(self) -> bool:
+        """Return whether the ServerApp has said anything of itself since it was started."""
+        status = read_json(self._directory.status) or {}
+        return float(status.get("written_s", 0.0)) > self._run_began_s
 
     def _app_present(self) -> bool:
         for pid in marked_processes(self.supervisor.mark):

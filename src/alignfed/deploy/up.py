@@ -21,8 +21,9 @@ from typing import Any
 from alignfed.config import Recipe, load_recipe, make_recipe
 from alignfed.deploy.creating import add_device, create_server
 from alignfed.deploy.directory import DeviceDirectory, ServerDirectory
+from alignfed.deploy.loglines import BoundedLog
 from alignfed.deploy.processes import CLIENT, SUPERNODE, TRAINER, device_programs
-from alignfed.deploy.records import read_json
+from alignfed.deploy.records import read_json, records_to
 from alignfed.deploy.registry import load_registry
 from alignfed.deploy.server import ServerHost
 from alignfed.deploy.settings import (
@@ -106,7 +107,23 @@ def run_up(
         return UpResult(directory, summary)
     found = [server.device(device.name) for device in load_registry(server.registry).active]
     view.started(_info(recipe, directory, devices, resumed=resumed))
-    host = ServerHost(server, settings, write_app(server.app), give_up_after=3, adopts=adopts)
+    host = ServerHost(server, settings, write_app(server.app), give_up_after=2, adopts=adopts)
+    log = BoundedLog(server.logs / "supervisor.log", settings.log.bytes, settings.log.files)
+    try:
+        with records_to(log.write):
+            return _go_on(host, server, found, place, view, stop)
+    finally:
+        log.close()
+
+
+def _go_on(
+    host: ServerHost,
+    server: ServerDirectory,
+    found: Sequence[DeviceDirectory],
+    place: RunDirectory,
+    view: ProgressView,
+    stop: threading.Event,
+) -> UpResult:
     try:
         host.start()
         for device in found:
@@ -124,10 +141,10 @@ def run_up(
             ]
         )
     if not host.completed:
-        return UpResult(directory, None)
+        return UpResult(place.root, None)
     summary = _with_model_loads(place, found)
     view.finished(summary)
-    return UpResult(directory, summary)
+    return UpResult(place.root, summary)
 
 
 def _make(place: RunDirectory, server: ServerDirectory, recipe: Recipe, devices: int) -> None:
