@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from alignfed.build import model_settings
 from alignfed.config import Recipe, default_recipe
 from alignfed.core.adapter import Adapter
 from alignfed.deploy.directory import DeviceDirectory
 from alignfed.deploy.settings import DeviceSettings, settings_text
 from alignfed.flower.messages import TaskOrder
 from alignfed.flower.wire import Download, download_encoding, encode_download
+from alignfed.trainers import lora_settings
+from alignfed.training.loading import load_base
 
 SMALL = (
     "data.num_examples=120",
@@ -34,6 +37,13 @@ SMALL = (
 def small_recipe(*overrides: str) -> Recipe:
     """Return the built-in recipe, small enough to train in a moment."""
     return default_recipe([*SMALL, *overrides])
+
+
+def initial_adapter(recipe: Recipe) -> Adapter:
+    """Return the adapter that a federation of the recipe begins with."""
+    return load_base(
+        model_settings(recipe, ()), lora_settings(recipe), recipe.seed
+    ).initial_adapter()
 
 
 def make_device(root: Path, recipe: Recipe, client: int = 0, **settings: object) -> DeviceDirectory:

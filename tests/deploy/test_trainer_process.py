@@ -15,6 +15,7 @@ import time
 import pytest
 
 from alignfed.deploy.client_app import client_side
+from alignfed.deploy.device import training_digest
 from alignfed.deploy.trainer_process import read_status
 from alignfed.flower.messages import CollectOrder, Failure, Uploads
 from alignfed.flower.training_socket import (
@@ -27,25 +28,25 @@ from alignfed.flower.training_socket import (
     send_frame,
 )
 from alignfed.flower.wire import decode_upload
-from alignfed.training.loading import load_base
-from tests.deploy.devices import make_device, order_for, small_recipe, trainer_process, wait_until
+from tests.deploy.devices import (
+    initial_adapter,
+    make_device,
+    order_for,
+    small_recipe,
+    trainer_process,
+    wait_until,
+)
 
 RECIPE = small_recipe()
 
 
 @pytest.fixture(scope="module")
 def start():
-    from alignfed.build import model_settings
-    from alignfed.trainers import lora_settings
-
-    base = load_base(model_settings(RECIPE, ()), lora_settings(RECIPE), RECIPE.seed)
-    return base.initial_adapter()
+    return initial_adapter(RECIPE)
 
 
 @pytest.fixture(scope="module")
 def digest():
-    from alignfed.deploy.device import training_digest
-
     return training_digest(RECIPE)
 
 
@@ -79,8 +80,6 @@ def test_tasks_are_trained_one_after_another_with_one_model_load(tmp_path, start
 def test_a_trainer_that_is_killed_mid_task_is_given_the_task_again(tmp_path, start, digest):
     recipe = small_recipe("training.steps=2000")
     directory = make_device(tmp_path / "device", recipe)
-    from alignfed.deploy.device import training_digest
-
     replies = []
     side = client_side(directory)
     order = order_for(start, training_digest(recipe), 4, steps=400)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from alignfed.core.events import ClientJoined
-from alignfed.core.instructions import Dispatch, Evaluate, Reject, RejectReason, SetTimer, Stop
+from alignfed.core.events import ClientJoined, UploadRefused
+from alignfed.core.instructions import Dispatch, Evaluate, RejectReason, SetTimer, Stop
 from alignfed.errors import JournalError
 from alignfed.journal import DurableLog, RunReader
 from alignfed.journal.serving import MOST_OPEN_EVALUATIONS, ServerState
@@ -136,8 +136,11 @@ def test_an_answered_task_is_known_before_and_after_it_is_on_disk(tmp_path: Path
         (client_id,) = [u.client_id for u in reader.uploads() if u.task_id == task_id]
     assert server.log.holds_upload(task_id, client_id)
     assert not server.log.holds_upload(task_id, client_id + 1)
-    reject = Reject(7_777, 2, RejectReason.UNKNOWN_TASK, "bytes that are no upload")
-    server.log.record_refusal(server.time_s, reject)
+    refused = UploadRefused(
+        server.time_s, 7_777, 2, RejectReason.UNKNOWN_TASK, "bytes that are no upload"
+    )
+    server.state, instructions = server.log.coordinator.handle(server.state, refused)
+    server.log.record(refused, instructions)
     assert server.log.holds_upload(7_777, 2)
     server.log.sync()
     assert server.log.holds_upload(7_777, 2)
@@ -146,7 +149,7 @@ def test_an_answered_task_is_known_before_and_after_it_is_on_disk(tmp_path: Path
         assert [u.reason for u in reader.uploads("rejected") if u.task_id == 7_777] == [
             "unknown_task"
         ]
-    again = Server.restart(tmp_path, make_coordinator())  # a refusal is no event
+    again = Server.restart(tmp_path, make_coordinator())
     assert again.log.holds_upload(7_777, 2)
     again.log.close()
 

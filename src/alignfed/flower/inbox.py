@@ -97,8 +97,7 @@ class Inbox:
         if answer.failed is not None:
             return self._failure(sent, answer, state, now_s), False
         events: list[Event] = []
-        # A device sends as much as one reply may hold; what it was not asked for, it had kept.
-        more = bool(set(answer.payloads) - {sent.task_id})
+        more = False
         # The task that was asked for comes first: it must not be turned away for others' sake.
         for task_id in sorted(answer.payloads, key=lambda one: (one != sent.task_id, one)):
             if not self._pace.admit(sent.client_id, now_s):
@@ -107,6 +106,9 @@ class Inbox:
                 more = False
                 break
             event = self._upload(sent, task_id, answer.payloads[task_id], state, now_s)
+            # A device sends as much as one reply may hold. What it was not asked for it had kept:
+            # it may have kept more, and must hear that this is safe.
+            more = more or (task_id != sent.task_id and _was_kept(event))
             if event is not None:
                 client.received += 1
                 events.append(event)
@@ -189,6 +191,13 @@ class Inbox:
             if task_id in safe:
                 del safe[task_id]
                 heard.append(task_id)
+
+
+def _was_kept(event: Event | None) -> bool:
+    """Return whether an upload nobody asked for is one that an honest device would send."""
+    if isinstance(event, UploadRefused):
+        return event.reason in (RejectReason.TASK_EXPIRED, RejectReason.RUN_STOPPED)
+    return True
 
 
 __all__ = ["Inbox"]
