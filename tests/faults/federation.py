@@ -95,8 +95,12 @@ class Federation:
 
     def start_device(self, number: int, server: str | None = None) -> None:
         """Start all that belongs to a device, perhaps against another address."""
+        self._start(self.programs(number, server))
+
+    def programs(self, number: int, server: str | None = None) -> list[Program]:
+        """Return trainer, client process and SuperNode of a device."""
         device, settings = self._device(number, server)
-        self._start(device_programs(device, settings, f"d{number}-"))
+        return device_programs(device, settings, f"d{number}-")
 
     def stop_device(self, number: int) -> None:
         """Stop all that belongs to a device, as if it were switched off."""
