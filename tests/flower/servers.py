@@ -16,6 +16,7 @@ from alignfed.core.ports import AggregationRule, Evaluation
 from alignfed.core.state import CoordinatorSettings, StopConditions
 from alignfed.flower.dialect import AlignFedDialect
 from alignfed.flower.driver import Driver, DriverParts, DriverSettings, Recovery
+from alignfed.flower.messages import Encoding
 from alignfed.journal import RunMeta, RunReader
 from alignfed.journal.durable import DurableLog
 from tests.core.adapters import make_adapter
@@ -82,6 +83,7 @@ def serve(
     grid: ScriptedGrid | None = None,
     settings: DriverSettings | None = None,
     adapter: Adapter | None = None,
+    encoding: Encoding = "fp32",
 ) -> Server:
     """Return a server that is about to begin, or, where ``root`` holds a run, to go on."""
     clock = clock or Clock()
@@ -104,7 +106,7 @@ def serve(
         coordinator=log.coordinator,
         grid=grid,
         log=log,
-        dialect=AlignFedDialect("run", "digest", "fp32", coordinator.exchange),
+        dialect=AlignFedDialect("run", "digest", encoding, coordinator.exchange),
         members=members,
         clock=clock,
         sleep=clock.sleep,

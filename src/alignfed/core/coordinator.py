@@ -147,7 +147,7 @@ class Coordinator:
     ) -> None:
         task = state.tasks.get(event.task_id)
         if task is not None and task.client_id == event.client_id:
-            state.received += 1
+            state.received += state.stopped is None
             tasks.end_task(state, self.settings, task, event.time_s, failed=True)
         state.rejections[event.reason] += 1
         out.append(Reject(event.task_id, event.client_id, event.reason, event.detail))
