@@ -6,29 +6,47 @@ import contextlib
 import datetime
 import json
 import os
+import re
 import signal
 import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
-from alignfed.config import default_recipe
+from alignfed.config import Recipe, default_recipe
 from alignfed.deploy.control import connected
 from alignfed.deploy.creating import add_device, create_server
-from alignfed.deploy.processes import supernode_program
+from alignfed.deploy.directory import DeviceDirectory
+from alignfed.deploy.processes import device_programs, supernode_program
+from alignfed.deploy.records import read_json
 from alignfed.deploy.server import ServerHost
 from alignfed.deploy.session import marked_processes
-from alignfed.deploy.settings import ServerSettings, load_device_settings, make_settings
+from alignfed.deploy.settings import (
+    DeviceSettings,
+    ServerSettings,
+    load_device_settings,
+    make_settings,
+)
+from alignfed.deploy.supervisor import Program
+from alignfed.deploy.thin_app import write_app
 from alignfed.deploy.up import free_ports
+
+EVERYTHING = os.environ.get("ALIGNFED_FAULTS") == "all"
+"""Whether the long tests run too, as `make faults` has it."""
 
 ECHO = Path(__file__).parent / "echo"
 """A Flower app whose devices give back what they get."""
 
 
 class Federation:
-    """A server with the echo app and as many devices as wanted, stepped by a thread."""
+    """A server and devices, the server looked after by a thread.
 
-    def __init__(self, root: Path, devices: int) -> None:
+    With a recipe it is the real thing: our ServerApp, and trainers that train. Without, the echo
+    app stands in for both, which starts in a third of the time.
+    """
+
+    def __init__(self, root: Path, devices: int, recipe: Recipe | None = None) -> None:
         ports = free_ports(2 + devices)
         values = {
             "hosts": ["127.0.0.1", "localhost"],
@@ -39,12 +57,16 @@ class Federation:
         }
         self.settings = make_settings(ServerSettings, "the test", values)
         now = datetime.datetime.now(datetime.UTC)
-        self.directory = create_server(root, self.settings, default_recipe(), now)
+        shown = default_recipe() if recipe is None else recipe
+        self.directory = create_server(root, self.settings, shown, now)
         self.devices = [
             add_device(self.directory, self.settings, f"d{number}", runtime_port=ports[2 + number])
             for number in range(devices)
         ]
-        self.host = ServerHost(self.directory, self.settings, ECHO)
+        self.run = self.settings.run_folder(root)
+        app = ECHO if recipe is None else write_app(self.directory.app)
+        self.host = ServerHost(self.directory, self.settings, app)
+        self.failure: BaseException | None = None
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._step)
@@ -61,21 +83,51 @@ class Federation:
     def __exit__(self, *exception: object) -> None:
         self._stop.set()
         self._thread.join()
-        self.host.stop()
+        self.host.stop([[name for name in self.host.supervisor.running if "supernode" in name]])
         assert marked_processes(self.host.supervisor.mark) == []
 
     def start_supernode(self, number: int, server: str | None = None) -> str:
-        """Start a device's SuperNode, perhaps against another address; return its name."""
+        """Start a device's SuperNode alone, perhaps against another address; return its name."""
+        device, settings = self._device(number, server)
+        supernode = supernode_program(device, settings, f"d{number}-", warm=False)
+        self._start([supernode])
+        return supernode.name
+
+    def start_device(self, number: int, server: str | None = None) -> None:
+        """Start all that belongs to a device, perhaps against another address."""
+        device, settings = self._device(number, server)
+        self._start(device_programs(device, settings, f"d{number}-"))
+
+    def stop_device(self, number: int) -> None:
+        """Stop all that belongs to a device, as if it were switched off."""
+        with self._lock:
+            names = [name for name in self.host.supervisor.running if name[:3] == f"d{number}-"]
+            self.host.supervisor.remove(names, grace_s=1.0)
+
+    def trainer(self, number: int) -> dict[str, Any]:
+        """Return what a device's trainer says of itself."""
+        return read_json(self.devices[number].status) or {}
+
+    def finished_tasks(self) -> set[int]:
+        """Return the tasks whose training was finished on any device, from the trainers' logs."""
+        text = "".join(path.read_text() for path in self.directory.logs.glob("d*-trainer.log*"))
+        return {int(found) for found in re.findall(r"task (\d+) is finished and kept", text)}
+
+    def status(self) -> dict[str, Any]:
+        """Return what the ServerApp says of the run."""
+        return read_json(self.directory.status) or {"received": 0, "in_flight": 0, "version": 0}
+
+    def _device(self, number: int, server: str | None) -> tuple[DeviceDirectory, DeviceSettings]:
         device = self.devices[number]
         settings = load_device_settings(device.settings)
         if server is not None:
             settings = settings.model_copy(update={"server": server})
         device.prepare()
-        # The echo app travels with its messages, so Flower starts it; our own clients stay.
-        supernode = supernode_program(device, settings, f"{device.root.name}-", warm=False)
+        return device, settings
+
+    def _start(self, programs: list[Program]) -> None:
         with self._lock:
-            self.host.supervisor.start([supernode])
-        return supernode.name
+            self.host.supervisor.start(programs)
 
     def running(self, name: str):
         return self.host.supervisor.running[name]
@@ -105,9 +157,35 @@ class Federation:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def _step(self) -> None:
-        while not self._stop.wait(0.2):
-            with self._lock:
-                self.host.step()
+        try:
+            while not self._stop.wait(0.2):
+                with self._lock:
+                    self.host.step()
+        except BaseException as error:
+            self.failure = error
+            raise
+
+
+def small_recipe(devices: int, *overrides: str) -> Recipe:
+    """Return the built-in recipe cut to a few examples, with tasks long enough to be hit."""
+    return default_recipe(
+        (
+            "data.num_examples=400",
+            "data.evaluation_examples=24",
+            "data.calibration_examples=8",
+            "data.held_out_examples=4",
+            f"data.partition.num_clients={devices}",
+            "data.partition.alpha=5",
+            "training.steps=16",
+            "training.batch_size=8",
+            f"server.concurrency={devices}",
+            "server.buffer_size=2",
+            "evaluation.every_versions=3",
+            "evaluation.scorer=none",
+            "compare.target_score=unset",
+            *overrides,
+        )
+    )
 
 
 def until(condition, within_s: float = 90.0, step_s: float = 0.2) -> None:

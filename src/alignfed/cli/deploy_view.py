@@ -56,7 +56,7 @@ def print_device(console: Console, picture: Mapping[str, Any]) -> None:
     if waiting:
         _say(
             console,
-            f"{waiting} finished uploads wait for the server ({size(picture['waiting_bytes'])})",
+            f"{waiting} finished uploads wait for the server ({size(picture['outbox_bytes'])})",
         )
 
 

@@ -82,6 +82,7 @@ class ServerHost:
         self._failures = 0
         self._looked_s = 0.0
         self._metrics: Endpoint | None = None
+        self._reachable = True
         self.completed = False
 
     def start(self) -> None:
@@ -122,11 +123,14 @@ class ServerHost:
                 if self._registry.current() != self._synchronised:
                     self._synchronise(control)
                 self._look_after_app(control, now_s)
+            self._reachable = True
         except DeploymentError as error:
             if self._given_up:
                 raise
             # The SuperLink may be starting again; the supervisor sees to that.
-            log_record("control_unreachable", detail=str(error))
+            if self._reachable:
+                log_record("control_unreachable", detail=str(error))
+            self._reachable = False
         return not self.completed
 
     def run(self, stop: threading.Event) -> None:

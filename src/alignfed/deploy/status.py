@@ -5,6 +5,7 @@ Works while the server runs, after it has stopped, and on a copy of its director
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from alignfed.deploy.records import read_json
 from alignfed.deploy.registry import load_registry
 from alignfed.deploy.settings import ServerSettings
 from alignfed.errors import JournalError
+from alignfed.flower.outbox import Outbox
 from alignfed.flower.status import ServerStatus
 from alignfed.journal.reader import RunReader
 
@@ -81,18 +83,19 @@ def device_picture(directory: DeviceDirectory, now: datetime.datetime) -> dict[s
     """Return everything known about a device where it lives, as plain values.
 
     Keys: ``running``, ``processes``, ``trainer``, ``waiting`` (uploads the server has not
-    acknowledged), ``waiting_bytes``.
+    acknowledged), ``outbox_bytes``.
     """
     processes = read_json(directory.processes) or {}
-    waiting = [
-        path for path in directory.outbox.rglob("*") if path.is_file() and path.suffix != ".tmp"
-    ]
+    waiting, used_bytes = 0, 0
+    if (file := directory.outbox / "outbox.sqlite").exists():
+        with contextlib.closing(Outbox(file)) as outbox:
+            waiting, used_bytes = outbox.waiting_of_all(), outbox.used_bytes
     return {
         "running": is_running(processes, now.timestamp()),
         "processes": processes.get("processes", {}),
         "trainer": read_json(directory.status) or {},
-        "waiting": len(waiting),
-        "waiting_bytes": sum(path.stat().st_size for path in waiting),
+        "waiting": waiting,
+        "outbox_bytes": used_bytes,
     }
 
 

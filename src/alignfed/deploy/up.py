@@ -258,6 +258,7 @@ def _info(recipe: Recipe, directory: Path, devices: int, *, resumed: bool) -> Ru
         buffer_size=recipe.server.buffer_size,
         limits=Limits(stop.virtual_time_s, stop.uploads, stop.versions, stop.tokens),
         resumed=resumed,
+        clock="time",
     )
 
 

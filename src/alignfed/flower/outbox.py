@@ -152,6 +152,11 @@ class Outbox:
             ).fetchall()
         return [Waiting(*row) for row in rows]
 
+    def waiting_of_all(self) -> int:
+        """Return how many uploads wait, of all runs together."""
+        with self._disk():
+            return int(self._database.execute("SELECT COUNT(*) FROM uploads").fetchone()[0])
+
     def acknowledge(self, run: str, task_ids: Iterable[int]) -> int:
         """Forget uploads that are safe at the server; return how many were here."""
         with self._disk(), self._transaction():
