@@ -3,12 +3,12 @@
     python benchmarks/turnaround.py --tasks 12 --repeat 2
 
 Real SuperLink, SuperNode and ServerApp processes on loopback, one side after the other, as often as
-asked; every side's ServerApp looks for replies every 0.2 s and sends the next task at once. What is
-timed is the device's idle time: from the end of one task to the start of the next.
+asked; every server looks for replies every 0.2 s and sends the next task at once. What is timed is
+the device's idle time: from the end of one task to the start of the next.
 
     echo      Flower's echo app in a process that stays (the target is 1.3 times this)
-    alignfed  our client process, the warm trainer, the built-in model and its adapter
-    cold      the same device behind a ClientApp that Flower starts afresh for every message
+    alignfed  our server, client process and warm trainer: the built-in model, its adapter both ways
+    cold      the same behind a ClientApp that Flower starts afresh for every message
 
 Flower's own pauses are most of it: a SuperNode without a message sleeps 3 s.
 """
@@ -16,7 +16,6 @@ Flower's own pauses are most of it: a SuperNode without a message sleeps 3 s.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -34,7 +33,6 @@ from pathlib import Path
 
 from alignfed.build import model_settings
 from alignfed.config import default_recipe
-from alignfed.deploy.device import training_digest
 from alignfed.deploy.directory import DeviceDirectory
 from alignfed.deploy.pki import make_secret, write_secret
 from alignfed.deploy.settings import DeviceSettings, settings_text
@@ -45,7 +43,8 @@ from alignfed.training.loading import load_base
 HERE = Path(__file__).resolve()
 TARGET = 1.3
 BIN = Path(sys.executable).parent
-RUN = "turnaround"
+POLL_S = 0.2
+"""Both servers look for replies so often."""
 
 PROJECT = """
 [project]
@@ -63,41 +62,57 @@ folder = ""
 tasks = 0
 """
 
-# Both servers do the same: one task in flight, the next as soon as the reply is seen.
-APP = """
-import json, time
+# The bare server keeps one task in flight and sends the next as soon as it has seen the reply. The
+# other is the real one: coordinator, journal, a flush after every upload, evaluation at the ends.
+ECHO_SERVER = """
+import time
 from pathlib import Path
 from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
-from alignfed.flower.messages import TaskOrder, read_reply, write_order, Uploads
-from alignfed.deploy import client_app
 
-client = client_app.app
+client = ClientApp()
 server = ServerApp()
 
 @server.main()
 def main(grid, context):
     folder, tasks = Path(context.run_config["folder"]), int(context.run_config["tasks"])
     payload = (folder / "payload").read_bytes()
-    words = json.loads((folder / "words.json").read_text())
     while not (nodes := list(grid.get_node_ids())):
-        time.sleep(0.2)
-    for task_id in range(tasks):
-        if words is None:
-            array = Array("uint8", (len(payload),), "bytes", payload)
-            content = RecordDict({"adapter": ArrayRecord({"payload": array})})
-        else:
-            content = write_order(TaskOrder(**words, task_id=task_id, payload=payload,
-                dispatch=task_id, acknowledged=tuple(range(task_id))))
+        time.sleep({poll_s})
+    for _ in range(tasks):
+        array = Array("uint8", (len(payload),), "bytes", payload)
+        content = RecordDict({{"adapter": ArrayRecord({{"payload": array}})}})
         sent = Message(content, dst_node_id=nodes[0], message_type="train")
         ids = list(grid.push_messages([sent]))
         while not (replies := list(grid.pull_messages(ids))):
-            time.sleep(0.2)
+            time.sleep({poll_s})
         if replies[0].has_error():
             raise RuntimeError(str(replies[0].error))
-        if words is not None:
-            reply = read_reply(replies[0].content)
-            assert isinstance(reply, Uploads) and list(reply.payloads) == [task_id], reply
+    (folder / "done").touch()
+"""
+
+SERVER = """
+from pathlib import Path
+from flwr.serverapp import ServerApp
+from alignfed.config import load_recipe
+from alignfed.deploy import client_app
+from alignfed.deploy.serve import Server, serve
+from alignfed.flower.driver import DriverSettings
+from alignfed.flower.members import FirstComeMembers
+from alignfed.journal import RunDirectory
+
+client = client_app.app
+server = ServerApp()
+
+@server.main()
+def main(grid, context):
+    folder = Path(context.run_config["folder"])
+    serve(grid, Server(
+        recipe=load_recipe(folder / "recipe.toml"), place=RunDirectory(folder / "run"),
+        members=FirstComeMembers(), client_ids=lambda: [0], encoding="bf16",
+        settings=DriverSettings(poll_s={poll_s}),
+    ))
     (folder / "done").touch()
 """
 
@@ -130,18 +145,19 @@ def measure(side: str, tasks: int, root: Path) -> list[float]:
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     }
     server_port, node_port = free_port(), free_port()
-    recipe = default_recipe(["training.steps=1", "training.batch_size=4"])
+    recipe = default_recipe([
+        "training.steps=1", "training.batch_size=4", "data.num_examples=120",
+        "data.evaluation_examples=16", "data.partition.num_clients=1", "server.concurrency=1",
+        "server.buffer_size=1", "evaluation.every_versions=1000", f"stop.uploads={tasks}",
+    ])  # fmt: skip
+    (root / "recipe.toml").write_text(recipe.to_toml())
     adapter = load_base(model_settings(recipe, ()), lora_settings(recipe), 0).initial_adapter()
-    (root / "payload").write_bytes(encode_download(Download(RUN, 0, adapter), "bf16"))
-    words = None
-    if side != "echo":
-        digest = training_digest(recipe)
-        words = {"run": RUN, "training_digest": digest, "base_version": 0, "encoding": "bf16"}
-    (root / "words.json").write_text(json.dumps(words))
+    (root / "payload").write_bytes(encode_download(Download("echo", 0, adapter), "bf16"))
     app = root / "app"
     app.mkdir()
     (app / "pyproject.toml").write_text(PROJECT)
-    (app / "app.py").write_text(APP)
+    text = ECHO_SERVER if side == "echo" else SERVER
+    (app / "app.py").write_text(text.format(poll_s=POLL_S))
     (root / "flower").mkdir()
     (root / "flower" / "config.toml").write_text(
         f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{server_port}"\n'
@@ -154,7 +170,8 @@ def measure(side: str, tasks: int, root: Path) -> list[float]:
         def start(name: str, *command: str) -> subprocess.Popen[bytes]:
             return stack.enter_context(running(command, environment, root / f"{name}.log"))
 
-        flower = (str(BIN / "flower-superlink"), "--insecure", "--host", "127.0.0.1")
+        flower = (str(BIN / "flower-superlink"), "--insecure", "--host", "127.0.0.1",
+                  "--disable-runtime-dependency-installation")  # fmt: skip
         start("superlink", *flower, "--port", str(server_port))
         wait(lambda: listening(server_port), "the SuperLink")
         node = [
@@ -186,6 +203,8 @@ def measure(side: str, tasks: int, root: Path) -> list[float]:
     if not (root / "done").exists():
         raise SystemExit((root / "run.log").read_text())
     begins, ends = read_times(log)
+    # A device may begin one more task than the run had use for.
+    begins, ends = begins[:tasks], ends[:tasks]
     assert len(begins) == len(ends) == tasks, f"{log} has {len(begins)} starts, {len(ends)} ends"
     return [start - end for end, start in zip(ends, begins[1:], strict=False)]
 

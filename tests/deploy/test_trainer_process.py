@@ -50,6 +50,7 @@ def digest():
     return training_digest(RECIPE)
 
 
+@pytest.mark.slow
 def test_tasks_are_trained_one_after_another_with_one_model_load(tmp_path, start, digest):
     directory = make_device(tmp_path / "device", RECIPE)
     with trainer_process(directory):
@@ -77,6 +78,7 @@ def test_tasks_are_trained_one_after_another_with_one_model_load(tmp_path, start
     assert "same recipe" in status.last_error
 
 
+@pytest.mark.slow
 def test_a_trainer_that_is_killed_mid_task_is_given_the_task_again(tmp_path, start, digest):
     recipe = small_recipe("training.steps=2000")
     directory = make_device(tmp_path / "device", recipe)
@@ -98,6 +100,7 @@ def test_a_trainer_that_is_killed_mid_task_is_given_the_task_again(tmp_path, sta
     assert read_status(directory.status).model_loads == 2
 
 
+@pytest.mark.slow
 def test_a_second_trainer_in_the_same_directory_is_refused(tmp_path, start, digest):
     directory = make_device(tmp_path / "device", RECIPE)
     with trainer_process(directory):

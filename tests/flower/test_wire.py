@@ -271,6 +271,37 @@ def test_any_value_in_any_field_is_taken_for_what_it_is_or_refused(name, value):
         assert all(isinstance(number, float) for number in claims.metrics.values())
 
 
+LAYOUT_NOW = {
+    "lora": [["layers.0.q_proj", 6, 5, 2, 4.0, "float32", 0]],
+    "dense": [["score.weight", [3, 6], "float32"]],
+}
+
+
+@given(
+    st.sampled_from(["lora", "dense"]),
+    st.none() | st.tuples(st.integers(0, 6), st.none() | st.integers(0, 2)),
+    json_values,
+)
+@settings(max_examples=300, deadline=None)
+def test_any_layout_in_a_download_is_taken_for_what_it_is_or_refused(part, place, value):
+    layout = json.loads(json.dumps(LAYOUT_NOW))
+    if place is None:
+        layout[part] = value
+    else:
+        row = layout[part][0]
+        if place[0] < len(row):
+            row[place[0]] = value
+        if place[1] is not None:
+            layout[part] *= place[1]
+    fields = {"format": 1, "kind": "download", "run": "r", "base_version": 0, "encoding": "fp32"}
+    payload = pack({"score.weight": torch.ones(3, 6)}, {**fields, "layout": layout})
+    try:
+        found = decode_download(payload, max_bytes=LARGE).adapter
+    except WireError:
+        return
+    assert found.layout.lora == () and dict(found.dense).keys() <= {"score.weight"}
+
+
 def named(adapter):
     found = {}
     for name, factors in adapter.lora.items():

@@ -124,7 +124,7 @@ def unpack(
     """
     fields = read_fields(payload, limits)
     try:
-        found = dict(deserialize(payload))
+        found = dict(deserialize(payload))  # type: ignore[no-untyped-call]
     except (SafetensorError, ValueError, OverflowError) as error:
         raise _malformed(str(error)) from error
     if set(found) != set(expected):

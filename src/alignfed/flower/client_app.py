@@ -76,7 +76,7 @@ class ClientSide:
         """Return what waits, oldest first: the task's own always, others while there is room."""
         waiting = self.outbox.waiting(run)
         room = REPLY_BYTES - sum(one.size_bytes for one in waiting if one.task_id == task_id)
-        payloads = {}
+        payloads: dict[int, bytes] = {}
         for one in waiting:
             if one.task_id != task_id:
                 if one.size_bytes > room and (payloads or task_id is not None):

@@ -96,8 +96,8 @@ def _parse_layout(value: Any) -> AdapterLayout:
                 raise ValueError(f"{one.frozen!r} of {one.rank} directions of {name!r} are frozen")
             if not (isinstance(one.alpha, int | float) and 0 < one.alpha < math.inf):
                 raise ValueError(f"alpha of {name!r} is {one.alpha!r}")
-        for _, one in dense:
-            _require_counts(*one.shape)
+        for _, whole in dense:
+            _require_counts(*whole.shape)
         for named in (lora, dense):
             names = [name for name, _ in named]
             if not all(isinstance(name, str) for name in names) or names != sorted(set(names)):
