@@ -40,6 +40,14 @@ def up(
             "interrupted goes on.",
         ),
     ] = None,
+    encoding: Annotated[
+        str,
+        typer.Option(
+            metavar="fp32|bf16|fp16|int8",
+            help="Numbers of an adapter on the wire. Loopback costs nothing, so nothing is rounded "
+            "unless you ask for it.",
+        ),
+    ] = "fp32",
     overrides: Annotated[
         list[str] | None,
         typer.Option(
@@ -69,7 +77,7 @@ def up(
     interrupting(stop)
     view = RunView(UnheardConsole())
     try:
-        result = run_up(fitted, directory, devices, view, stop, adopts=True)
+        result = run_up(fitted, directory, devices, view, stop, encoding=encoding, adopts=True)
     finally:
         view.close()
     if result.summary is None:
