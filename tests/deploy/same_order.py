@@ -1,7 +1,7 @@
 """What the simulator's trainer makes of a recorded run's events, in the order on record.
 
-Asynchronous runs differ by the order in which uploads come, and real time has its own. So a deployed
-run is held against the simulator doing the same tasks in the same order.
+Asynchronous runs differ by the order in which uploads come, and real time has its own. So a
+deployed run is held against the simulator doing the same tasks in the same order.
 """
 
 from __future__ import annotations
