@@ -177,6 +177,24 @@ def test_a_replay_computes_with_the_runs_threads_and_gives_them_back(
     assert set_to == [mine, mine]  # the run was made in this process
 
 
+def test_each_step_brings_what_it_led_to_and_the_state(run: Path) -> None:
+    from alignfed.replaying import steps
+
+    versions = []
+    for one in steps(run):
+        versions.append(one.state.version)
+        if one.state.version == 2:
+            break  # and the directory is closed again
+    assert versions[-1] == 2 and sorted(versions) == versions
+    outcome = CliRunner().invoke(app, ["replay", "-v", str(run)])
+    with RunReader(run) as reader:
+        recorded = [row for row in reader.rows() if row.kind in ("event", "instruction")]
+    lines = outcome.output.splitlines()
+    assert len(lines) == len(recorded) + 1
+    assert sum(line.startswith("row ") for line in lines) == alignfed.replay(run).events
+    assert outcome.exit_code == 0 and "reproduced, bit for bit" in lines[-1]
+
+
 # --- what is different ------------------------------------------------------------------------
 
 

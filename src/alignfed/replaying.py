@@ -27,15 +27,15 @@ from alignfed.core.state import CoordinatorState
 from alignfed.errors import AlignFedError, JournalError
 from alignfed.journal import Codec, Recording, rule_state_class, this_platform
 from alignfed.journal.answers import RecordedCalibrator
-from alignfed.journal.rehandle import Divergence, rehandle
+from alignfed.journal.rehandle import Divergence, Rehandled, rehandle
 from alignfed.journal.serving import ServerState
 from alignfed.simulation.state import CHECKPOINTED, RunState
 
 ELSEWHERE_TOLERANCE = 1e-4
 """Largest relative difference where another machine or torch than the run's computes again."""
 
-Watch = Callable[[int, int], None]
-"""Is told how many events were handled, of how many."""
+Watch = Callable[[Rehandled, int], None]
+"""Is given each event once it was handled, and the number of events there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,65 +74,95 @@ def replay(
         directory: a run's directory, simulated or deployed; it is only read.
         tolerance: largest relative difference of numbers and adapters, 0 for equal bits; None:
             equal bits on the platform of the run, else ``ELSEWHERE_TOLERANCE``.
-        watch: is told how far it is.
+        watch: is given each event once it was handled; its ``state`` goes on changing.
 
     Raises:
         JournalError: there is no run, it is damaged, its recipe was changed, or the uploads were
             not kept.
     """
     with Recording(Path(directory)) as recording:
-        recipe = _recipe_of(recording)
-        if tolerance is None:
-            here = recording.facts.platform == this_platform()
-            tolerance = 0.0 if here else ELSEWHERE_TOLERANCE
-        elif not tolerance >= 0:
-            raise AlignFedError(
-                f"tolerance is {tolerance}, must be 0 or more; 0 asks for equal bits",
-                tolerance=tolerance,
-            )
-        with _threads(recording.facts.threads):
-            return _replay(recording, recipe, tolerance, watch or (lambda done, total: None))
+        start = _begin(recording, tolerance)
+        events = instructions = versions = 0
+        exact, divergence = True, None
+        try:
+            for one in _steps(recording, start):
+                events += 1
+                exact = exact and one.exact
+                divergence = one.divergence
+                if divergence is None:
+                    instructions += len(one.instructions)
+                    versions += sum(isinstance(item, Publish) for item in one.instructions)
+                if watch is not None:
+                    watch(one, max(start.total, events))
+        except JournalError as error:
+            raise JournalError(
+                f"{events} of {start.total} events were handled again, and all as on record; then:"
+                f" {error}",
+                **error.values,
+            ) from error
+        return ReplayResult(
+            recording.directory.root,
+            start.began_after,
+            events,
+            instructions,
+            versions,
+            exact,
+            start.tolerance,
+            divergence,
+            start.warnings,
+        )
 
 
-def _replay(recording: Recording, recipe: Recipe, tolerance: float, watch: Watch) -> ReplayResult:
+def steps(directory: Path | str, *, tolerance: float | None = None) -> Iterator[Rehandled]:
+    """Yield each event of a run once it was handled again: the place for a breakpoint.
+
+    Each brings its instructions and the coordinator's state, which the next event will change.
+    It ends with the record, or after the first divergence.
+
+    Raises:
+        JournalError: as ``replay``.
+    """
+    with Recording(Path(directory)) as recording:
+        yield from _steps(recording, _begin(recording, tolerance))
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    coordinator: Coordinator
+    state: CoordinatorState
+    began_after: int
+    total: int
+    tolerance: float
+    warnings: tuple[str, ...]
+
+
+def _begin(recording: Recording, tolerance: float | None) -> _Start:
+    recipe = _recipe_of(recording)
+    if tolerance is None:
+        here = recording.facts.platform == this_platform()
+        tolerance = 0.0 if here else ELSEWHERE_TOLERANCE
+    elif not tolerance >= 0:
+        raise AlignFedError(
+            f"tolerance is {tolerance}, must be 0 or more; 0 asks for equal bits",
+            tolerance=tolerance,
+        )
     coordinator = _coordinator(recording, recipe, tolerance)
     codec = Codec(rule_state_class(coordinator.rule), ServerState, *CHECKPOINTED)
     warnings: list[str] = []
     began_after, saved = recording.oldest(codec, warnings)
     total = recording.count_events(began_after)
-    events = instructions = versions = 0
-    exact, divergence = True, None
-    try:
-        for one in rehandle(
-            coordinator,
-            _state_of(saved),
-            recording.events(began_after),
+    return _Start(coordinator, _state_of(saved), began_after, total, tolerance, tuple(warnings))
+
+
+def _steps(recording: Recording, start: _Start) -> Iterator[Rehandled]:
+    with _threads(recording.facts.threads):
+        yield from rehandle(
+            start.coordinator,
+            start.state,
+            recording.events(start.began_after),
             recording.adapter,
-            tolerance=tolerance,
-        ):
-            events += 1
-            exact = exact and one.exact
-            divergence = one.divergence
-            if divergence is None:
-                instructions += len(one.instructions)
-                versions += sum(isinstance(item, Publish) for item in one.instructions)
-            watch(events, max(total, events))
-    except JournalError as error:
-        raise JournalError(
-            f"{events} of {total} events were handled again, and all as on record; then: {error}",
-            **error.values,
-        ) from error
-    return ReplayResult(
-        recording.directory.root,
-        began_after,
-        events,
-        instructions,
-        versions,
-        exact,
-        tolerance,
-        divergence,
-        tuple(warnings),
-    )
+            tolerance=start.tolerance,
+        )
 
 
 def _recipe_of(recording: Recording) -> Recipe:

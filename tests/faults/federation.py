@@ -95,8 +95,12 @@ class Federation:
 
     def start_device(self, number: int, server: str | None = None) -> None:
         """Start all that belongs to a device, perhaps against another address."""
+        self._start(self.programs(number, server))
+
+    def programs(self, number: int, server: str | None = None) -> list[Program]:
+        """Return trainer, client process and SuperNode of a device."""
         device, settings = self._device(number, server)
-        self._start(device_programs(device, settings, f"d{number}-"))
+        return device_programs(device, settings, f"d{number}-")
 
     def stop_device(self, number: int) -> None:
         """Stop all that belongs to a device, as if it were switched off."""
@@ -108,9 +112,12 @@ class Federation:
         """Return what a device's trainer says of itself."""
         return read_json(self.devices[number].status) or {}
 
-    def finished_tasks(self) -> set[int]:
-        """Return the tasks whose training was finished on any device, from the trainers' logs."""
-        text = "".join(path.read_text() for path in self.directory.logs.glob("d*-trainer.log*"))
+    def finished_tasks(self, number: int | None = None) -> set[int]:
+        """Return the tasks that a device's trainer, or any, has finished, from the logs."""
+        which = "*" if number is None else number
+        text = "".join(
+            path.read_text() for path in self.directory.logs.glob(f"d{which}-trainer.log*")
+        )
         return {int(found) for found in re.findall(r"task (\d+) is finished and kept", text)}
 
     def status(self) -> dict[str, Any]:

@@ -77,7 +77,11 @@ def init(
     from alignfed.deploy.settings import ServerSettings, make_settings
 
     changes = overrides or []
-    loaded = load_recipe(recipe, changes) if recipe is not None else default_recipe(changes)
+    loaded = (
+        default_recipe(changes)
+        if recipe is None
+        else load_recipe(recipe, changes, files_exist=False)  # a device's files are on the device
+    )
     values = {"hosts": host, "port": port}
     settings = make_settings(ServerSettings, "the command line", values)
     made = create_server(directory, settings, loaded, _now())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ from alignfed.cli.refusal import refusing
 from alignfed.cli.words import duration
 
 if TYPE_CHECKING:
+    from alignfed.journal.rehandle import Rehandled
     from alignfed.replaying import ReplayResult
 
 DIVERGED = 1
@@ -34,18 +36,25 @@ def replay(
             "bits. If left out: 0 on the platform the run was computed on, 1e-4 elsewhere.",
         ),
     ] = None,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", help="Print every event and what it led to."),
+    ] = False,
 ) -> None:
     """Handle a run's recorded events again and compare every instruction and server version.
 
-    Nothing is trained and neither model nor data is needed: uploads, evaluations and what the
-    calibration set said come from the directory. The replay begins at the oldest checkpoint that
-    is kept: the very start with [b]simulate --keep-payloads[/b], else the last minute or so.
-    The directory is only read, so a copy from a production server will do. Exit code 1 and the
-    first difference, with what was expected and what came, if there is one.
+    Nothing is trained, and neither model nor data is needed: uploads, evaluations and the
+    calibration set's answers come from the directory, which is only read.
+
+    It begins at the oldest checkpoint kept: the start of the run with [b]--keep-payloads[/b],
+    else the last but one.
+
+    The first difference ends it with exit code 1, and with what was expected and what came.
     """
     from alignfed import replaying
 
     console = Console()
+    show = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     begun_s = time.monotonic()
     with Progress(
         TextColumn("replaying"),
@@ -58,15 +67,27 @@ def replay(
         disable=not console.is_terminal,
     ) as bar:
         task = bar.add_task("events", total=None)
-        result = replaying.replay(
-            directory,
-            tolerance=tolerance,
-            watch=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+
+        def watch(one: Rehandled, total: int) -> None:
+            bar.update(task, advance=1, total=total)
+            if verbose:
+                for line in narrate(one):
+                    show(line)
+
+        result = replaying.replay(directory, tolerance=tolerance, watch=watch)
     for line in report(result, time.monotonic() - begun_s):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        show(line)
     if result.divergence is not None:
         raise typer.Exit(DIVERGED)
+
+
+def narrate(one: Rehandled) -> list[str]:
+    """Return an event and what is on record of it as lines of text."""
+    from alignfed.journal.rehandle import describe
+
+    row = one.recorded.row
+    told = [f"  {describe(instruction)}" for instruction in one.recorded.instructions]
+    return [f"row {row.seq}, {row.time_s:.6g} s: {describe(row)}", *told]
 
 
 def report(result: ReplayResult, taken_s: float) -> list[str]:

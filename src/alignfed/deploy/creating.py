@@ -125,7 +125,7 @@ def add_device(
     Raises:
         DeploymentError: name, client or key are taken, or something cannot be written.
     """
-    recipe = load_recipe(directory.recipe)
+    recipe = load_recipe(directory.recipe, files_exist=False)
     private, line = (None, public_key) if public_key is not None else pki.make_device_key()
     known = load_registry(directory.registry)
     chosen = known.next_client() if client_id is None else client_id

@@ -67,7 +67,7 @@ def server_of(directory: ServerDirectory) -> Server:
     Raises:
         AlignFedError: recipe, settings or registry are missing or have problems.
     """
-    recipe = load_recipe(directory.recipe)
+    recipe = load_recipe(directory.recipe, files_exist=False)
     settings = load_server_settings(directory.settings)
     members = _Registered(RegistryView(directory.registry))
     return Server(

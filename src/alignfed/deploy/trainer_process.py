@@ -90,7 +90,10 @@ class Trainer:
         self._note(model_loads=before.model_loads + 1)
         began_s = time.monotonic()
         self._device: Device = build_device(
-            load_recipe(directory.recipe), settings.client, settings.data, settings.compute
+            load_recipe(directory.recipe, files_exist=False),
+            settings.client,
+            settings.data,
+            settings.compute,
         )
         _log.info(
             "client %d: base model loaded in %.1f s (load %d of this device)",

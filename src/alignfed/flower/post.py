@@ -175,12 +175,11 @@ class PostOffice:
         return Reply(sent, message.content)
 
     def _overdue(self, now_s: float) -> list[str]:
-        # Flower forgets a message at the end of its life; asking for it after that is an error
-        # for the whole pull, so it is not asked for.
+        # Flower says so too, but not where the pull that would bring its word hangs.
         return [
             message_id
             for message_id, sent in self._sent.items()
-            if math.isfinite(sent.ttl_s) and now_s >= sent.at_s + sent.ttl_s - 1.0
+            if math.isfinite(sent.ttl_s) and now_s >= sent.at_s + sent.ttl_s
         ]
 
     def _give_up(self, message_id: str, words: str) -> Reply:

@@ -127,7 +127,7 @@ def encode_mapping(mapping: Mapping[str, Any]) -> str:
 
 def integer(value: object) -> int | None:
     """Return a whole number that fits a column, or None for anything else."""
-    if type(value) is int and -_MAX_INTEGER <= value <= _MAX_INTEGER:
+    if type(value) is int and -_MAX_INTEGER - 1 <= value <= _MAX_INTEGER:
         return value
     return None
 
