@@ -73,8 +73,8 @@ class Device:
             AlignFedError: the order is not for this device's recipe, its adapter is damaged or
                 does not fit the base model, or the outbox has no room.
         """
-        if outbox.payload(order.run, order.task_id) is not None:
-            return
+        if any(one.task_id == order.task_id for one in outbox.waiting(order.run)):
+            return False
         if order.training_digest != self.digest:
             raise DeploymentError(
                 f"the server's recipe asks clients for other work than this device's (digest"
@@ -112,6 +112,7 @@ class Device:
         if self.exchange.keeps:
             memory[KEPT] = _noted(self.exchange.kept(result.adapter), run, order.base_version)
         outbox.put(run, order.task_id, payload, memory)
+        return True
 
 
 def build_device(
