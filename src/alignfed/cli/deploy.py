@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -199,19 +198,20 @@ def server(directory: ServerArgument) -> None:
     and the metrics listen on loopback.
     """
     from alignfed.deploy.server import ServerHost
+    from alignfed.deploy.supervisor import stop_on_signals
     from alignfed.deploy.thin_app import write_app
 
     made, settings = _server(directory)
-    stop = _stop_on_signals()
-    host = ServerHost(made, settings, write_app(made.app), adopts=True)
-    try:
-        host.start()
-        typer.echo(
-            f"serving on {settings.bind}:{settings.port}; alignfed deploy status {made.root}"
-        )
-        host.run(stop)
-    finally:
-        host.stop()
+    with stop_on_signals() as stop:
+        host = ServerHost(made, settings, write_app(made.app), adopts=True)
+        try:
+            host.start()
+            typer.echo(
+                f"serving on {settings.bind}:{settings.port}; alignfed deploy status {made.root}"
+            )
+            host.run(stop)
+        finally:
+            host.stop()
     typer.echo("the run is complete" if host.completed else "stopped; start it again to go on")
 
 
@@ -237,20 +237,23 @@ def device(
     from alignfed.deploy.directory import DeviceDirectory
     from alignfed.deploy.host import DeviceHost
     from alignfed.deploy.settings import load_device_settings
+    from alignfed.deploy.supervisor import stop_on_signals
 
     made = DeviceDirectory(directory)
     settings = load_device_settings(made.settings)
     if unit:
         typer.echo(f"{write_device_unit(made)} written; install it with: systemctl enable --now")
         return
-    stop = _stop_on_signals()
-    host = DeviceHost(made, settings, adopts=True)
-    try:
-        host.start()
-        typer.echo(f"{settings.name} dials {settings.server}; alignfed deploy status {made.root}")
-        host.run(stop)
-    finally:
-        host.stop()
+    with stop_on_signals() as stop:
+        host = DeviceHost(made, settings, adopts=True)
+        try:
+            host.start()
+            typer.echo(
+                f"{settings.name} dials {settings.server}; alignfed deploy status {made.root}"
+            )
+            host.run(stop)
+        finally:
+            host.stop()
     typer.echo("stopped; unfinished work is given up, finished work is kept")
 
 
@@ -312,14 +315,6 @@ def _server(root: Path) -> tuple[ServerDirectory, ServerSettings]:
 
     directory = ServerDirectory(root)
     return directory, load_server_settings(directory.settings)
-
-
-def _stop_on_signals() -> threading.Event:
-    from alignfed.deploy.supervisor import interrupting
-
-    stop = threading.Event()
-    interrupting(stop)
-    return stop
 
 
 def _text_of(path: Path) -> str:
