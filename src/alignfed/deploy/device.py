@@ -64,10 +64,16 @@ class Device:
 
     def work(
         self, order: TaskOrder, outbox: Outbox, report: Mapping[str, float] | None = None
-    ) -> None:
+    ) -> bool:
         """Train a task and put its upload, and what the client remembers, into the outbox.
 
-        A task that was finished before is left as it is. ``report`` joins the upload's metrics.
+        Args:
+            order: the task.
+            outbox: where finished uploads and the client's memory are kept.
+            report: joins the upload's metrics.
+
+        Returns:
+            Whether it was trained; a task that was finished before is left as it is.
 
         Raises:
             AlignFedError: the order is not for this device's recipe, its adapter is damaged or
