@@ -56,7 +56,7 @@ dependencies = []
 publisher = "alignfed"
 [tool.flwr.app.components]
 serverapp = "app:server"
-clientapp = "app:client"
+clientapp = "client:app"
 [tool.flwr.app.config]
 folder = ""
 tasks = 0
@@ -68,10 +68,8 @@ ECHO_SERVER = """
 import time
 from pathlib import Path
 from flwr.app import Array, ArrayRecord, Message, RecordDict
-from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
-client = ClientApp()
 server = ServerApp()
 
 @server.main()
@@ -92,17 +90,21 @@ def main(grid, context):
     (folder / "done").touch()
 """
 
+# A file of its own: a fresh process for every message must not import what the server needs.
+CLIENT = """
+from alignfed.deploy import client_app
+app = client_app.app
+"""
+
 SERVER = """
 from pathlib import Path
 from flwr.serverapp import ServerApp
 from alignfed.config import load_recipe
-from alignfed.deploy import client_app
 from alignfed.deploy.serve import Server, serve
 from alignfed.flower.driver import DriverSettings
 from alignfed.flower.members import FirstComeMembers
 from alignfed.journal import RunDirectory
 
-client = client_app.app
 server = ServerApp()
 
 @server.main()
@@ -158,6 +160,7 @@ def measure(side: str, tasks: int, root: Path) -> list[float]:
     (app / "pyproject.toml").write_text(PROJECT)
     text = ECHO_SERVER if side == "echo" else SERVER
     (app / "app.py").write_text(text.format(poll_s=POLL_S))
+    (app / "client.py").write_text(CLIENT)
     (root / "flower").mkdir()
     (root / "flower" / "config.toml").write_text(
         f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{server_port}"\n'

@@ -27,7 +27,8 @@ from tests.deploy.devices import (
 )
 
 BIN = Path(sys.executable).parent
-TASKS = 4
+TASKS, LONG = 4, 2
+"""How many tasks there are, and which of them is long enough to be hit."""
 
 PROJECT = """
 [project]
@@ -71,6 +72,7 @@ def main(grid, context):
         time.sleep(0.1)
     for task_id in range({tasks}):
         order = TaskOrder("run-1", digest, task_id, 0, task_id, payload,
+                          steps={steps} if task_id == {long} else None,
                           acknowledged=tuple(range(task_id - 1)))
         message = Message(write_order(order), dst_node_id=nodes[0], message_type="train")
         ids = list(grid.push_messages([message]))
@@ -81,8 +83,6 @@ def main(grid, context):
             return
         found = read_reply(replies[0].content)
         (folder / ("reply-%d" % task_id)).write_text(" ".join(map(str, found.payloads)))
-        while task_id == 1 and not (folder / "go").exists():
-            time.sleep(0.1)
 """
 
 
@@ -125,7 +125,7 @@ def running(root: Path, name: str, *command: str) -> Iterator[subprocess.Popen[b
 
 
 @pytest.mark.slow
-def test_a_client_process_answers_a_supernode_comes_back_after_a_kill_and_runs_no_code_it_is_sent(
+def test_a_client_process_answers_even_when_it_is_killed_mid_task_and_runs_no_code_it_is_sent(
     tmp_path,
 ):
     recipe, marker = small_recipe(), tmp_path / "imported-on-the-device"
@@ -136,7 +136,7 @@ def test_a_client_process_answers_a_supernode_comes_back_after_a_kill_and_runs_n
     app.mkdir()
     (app / "pyproject.toml").write_text(PROJECT)
     (app / "client.py").write_text(CLIENT.format(marker=str(marker)))
-    (app / "server.py").write_text(SERVER.format(tasks=TASKS))
+    (app / "server.py").write_text(SERVER.format(tasks=TASKS, long=LONG, steps=300))
     download = Download("run-1", 0, initial_adapter(recipe))
     (tmp_path / "payload").write_bytes(encode_download(download, "fp32"))
     (tmp_path / "flower").mkdir()
@@ -166,17 +166,18 @@ def test_a_client_process_answers_a_supernode_comes_back_after_a_kill_and_runs_n
             running(tmp_path, "client", *client) as first,
             running(tmp_path, "run", *run) as flower_run,
         ):
-            wait_until(lambda: replied(1), 240)
+            wait_until(lambda: replied(LONG - 1), 240)
+            wait_until(lambda: read_status(directory.status).state == "training", 60)
             first.kill()
             first.wait()
             with running(tmp_path, "client", *client):
-                (tmp_path / "go").touch()
                 wait_until(lambda: replied(TASKS - 1), 240)
                 flower_run.wait(60)
     replies = [(tmp_path / f"reply-{i}").read_text() for i in range(TASKS)]
     assert replies == ["0", "0 1", "1 2", "2 3"]
     status = read_status(directory.status)
     assert (status.model_loads, status.tasks) == (1, TASKS)
+    assert "killed over" in (tmp_path / "client.log").read_text()
     outbox = Outbox(directory.outbox / "outbox.sqlite")
     assert [one.task_id for one in outbox.waiting("run-1")] == [2, 3]
     outbox.close()

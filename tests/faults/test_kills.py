@@ -37,6 +37,11 @@ def kill_trainer(federation):
     federation.kill("d1-trainer")
 
 
+def kill_client(federation):
+    training(federation, 2)
+    federation.kill("d2-client")
+
+
 def reached(federation, uploads):
     until(
         lambda: (
@@ -78,7 +83,7 @@ def test_a_run_survives_the_death_of_each_of_its_processes_in_turn(tmp_path):
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize(
     "kill",
-    [kill_server_app, kill_superlink, kill_supernode, kill_trainer],
+    [kill_server_app, kill_superlink, kill_supernode, kill_trainer, kill_client],
     ids=lambda one: one.__name__,
 )
 def test_a_run_survives(kill, moment, tmp_path):

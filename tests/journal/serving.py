@@ -122,16 +122,21 @@ class Server:
         *,
         seen: list[str] | None = None,
         meta: RunMeta = META,
+        replay_bytes: int = 0,
         **options: Any,
     ) -> Server:
-        log = DurableLog.create(root, meta, coordinator, make_adapter(), **options)
+        log = DurableLog.create(
+            root, meta, coordinator, make_adapter(), replay_bytes=replay_bytes, **options
+        )
         server = cls(log, log.coordinator.initial_state(make_adapter()), [], seen=seen)
         server.meet()
         return server
 
     @classmethod
-    def restart(cls, root: Path, coordinator: Coordinator, **options: Any) -> Server:
-        log = DurableLog(root, coordinator)
+    def restart(
+        cls, root: Path, coordinator: Coordinator, *, replay_bytes: int = 0, **options: Any
+    ) -> Server:
+        log = DurableLog(root, coordinator, replay_bytes=replay_bytes)
         recovered = log.recover(**options)
         server = cls(log, recovered.state, list(recovered.instructions), recovered.time_s)
         if not recovered.state.started:

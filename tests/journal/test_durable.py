@@ -405,6 +405,32 @@ def test_pages_that_a_large_state_leaves_behind_are_given_back(tmp_path: Path) -
     assert (tmp_path / "journal.sqlite").stat().st_size < large / 5
 
 
+def test_uploads_for_a_replay_are_kept_up_to_a_size_and_reach_back_at_least_half_of_it(
+    tmp_path: Path,
+) -> None:
+    limit, sizes = 60_000, []
+    server = Server.begin(tmp_path, make_coordinator("fedbuff"), replay_bytes=limit)
+    for step in range(1, 121):
+        server.step()
+        if step % 2 == 0:
+            server.checkpoint()
+            connection = sqlite3.connect(tmp_path / "journal.sqlite")
+            seqs = [seq for (seq,) in connection.execute("SELECT seq FROM checkpoints ORDER BY id")]
+            connection.close()
+            assert len(seqs) <= 5
+            payloads = server.log._recorder.payloads
+            if len(seqs) > 2:
+                sizes.append(payloads._bytes_after(seqs[0]))
+            # A server that was started again decides alike.
+            if step == 60:
+                server.log.close()
+                server = Server.restart(tmp_path, make_coordinator("fedbuff"), replay_bytes=limit)
+    assert seqs[0] > 0
+    assert max(sizes) <= limit
+    assert min(sizes[len(sizes) // 2 :]) > 0.4 * limit
+    server.log.close()
+
+
 def test_kept_payloads_reach_back_to_the_start(tmp_path: Path) -> None:
     sizes = {}
     for keep in (False, True):

@@ -38,7 +38,8 @@ def serve(directory: DeviceDirectory) -> None:
     def answer(message: Message, context: Context) -> Message:
         return answer_message(side, message)
 
-    WarmClient(f"127.0.0.1:{port}", answer, secret).serve()
+    note = directory.state / "message"
+    WarmClient(f"127.0.0.1:{port}", answer, secret, note).serve()
 
 
 def main(arguments: list[str]) -> int:

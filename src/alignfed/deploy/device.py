@@ -64,17 +64,23 @@ class Device:
 
     def work(
         self, order: TaskOrder, outbox: Outbox, report: Mapping[str, float] | None = None
-    ) -> None:
+    ) -> bool:
         """Train a task and put its upload, and what the client remembers, into the outbox.
 
-        A task that was finished before is left as it is. ``report`` joins the upload's metrics.
+        Args:
+            order: the task.
+            outbox: where finished uploads and the client's memory are kept.
+            report: joins the upload's metrics.
+
+        Returns:
+            Whether it was trained; a task that was finished before is left as it is.
 
         Raises:
             AlignFedError: the order is not for this device's recipe, its adapter is damaged or
                 does not fit the base model, or the outbox has no room.
         """
-        if outbox.payload(order.run, order.task_id) is not None:
-            return
+        if any(one.task_id == order.task_id for one in outbox.waiting(order.run)):
+            return False
         if order.training_digest != self.digest:
             raise DeploymentError(
                 f"the server's recipe asks clients for other work than this device's (digest"
@@ -112,6 +118,7 @@ class Device:
         if self.exchange.keeps:
             memory[KEPT] = _noted(self.exchange.kept(result.adapter), run, order.base_version)
         outbox.put(run, order.task_id, payload, memory)
+        return True
 
 
 def build_device(

@@ -129,9 +129,11 @@ class Trainer:
         self._note(state="training")
         try:
             loads = {"model_loads": float(self._status.model_loads)}
-            self._device.work(order, self._outbox, loads)
-            self._note(tasks=self._status.tasks + 1)
-            _log.info("task %d is finished and kept", order.task_id)
+            if self._device.work(order, self._outbox, loads):
+                self._note(tasks=self._status.tasks + 1)
+                _log.info("task %d is finished and kept", order.task_id)
+            else:
+                _log.info("task %d was finished before", order.task_id)
         except (AlignFedError, MemoryError, torch.OutOfMemoryError) as error:
             words = self._failed(error)
             _log.error("task %d failed: %s", order.task_id, error)

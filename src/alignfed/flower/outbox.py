@@ -75,17 +75,18 @@ class Outbox:
             self._database.execute("PRAGMA auto_vacuum=FULL")
             self._database.execute("PRAGMA journal_mode=DELETE")
             self._database.execute("PRAGMA synchronous=EXTRA")
-            with self._transaction():
-                found = self._database.execute("PRAGMA user_version").fetchone()[0]
-                if found not in (0, _FORMAT):
-                    raise DeploymentError(
-                        f"{path} has format {found}, this version of AlignFed reads {_FORMAT}; use"
-                        " the version that made it until its uploads are delivered",
-                        path=str(path),
-                    )
-                for statement in _SCHEMA.split(";"):
-                    self._database.execute(statement)
-                self._database.execute(f"PRAGMA user_version={_FORMAT}")
+            found = self._database.execute("PRAGMA user_version").fetchone()[0]
+            if found not in (0, _FORMAT):
+                raise DeploymentError(
+                    f"{path} has format {found}, this version of AlignFed reads {_FORMAT}; use the"
+                    " version that made it until its uploads are delivered",
+                    path=str(path),
+                )
+            if found == 0:
+                with self._transaction():
+                    for statement in _SCHEMA.split(";"):
+                        self._database.execute(statement)
+                    self._database.execute(f"PRAGMA user_version={_FORMAT}")
 
     def close(self) -> None:
         """Give the file back."""

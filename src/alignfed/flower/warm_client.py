@@ -5,6 +5,9 @@ with the message. Here the SuperNode (``--isolation process``) is asked for its 
 process that stays, and the app is the one installed on the device: what travels from the server is
 data alone, never code that runs.
 
+A message under work is noted on disk, so that a process that was killed over it is followed by one
+that answers it. It is noted once: a message that kills its process twice is given up.
+
 It speaks to the SuperNode's Runtime API as ``flwr-clientapp`` of Flower 1.41 does. That is not a
 public interface; ``pyproject.toml`` holds Flower to this minor version, and the tests run it.
 """
@@ -12,15 +15,27 @@ public interface; ``pyproject.toml`` holds Flower to this minor version, and the
 from __future__ import annotations
 
 import logging
+import os
+import struct
 import threading
 import time
 from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
 from typing import TypeAlias
 
 import httpx
 from flwr.app import Context, Message
 from flwr.app.error import Error
 from flwr.common.constant import ErrorCode, SubStatus
+from flwr.common.serde import (
+    context_from_proto,
+    context_to_proto,
+    message_from_proto,
+    message_to_proto,
+)
+from flwr.proto.message_pb2 import Context as ProtoContext
+from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.interceptors import (
@@ -30,7 +45,9 @@ from flwr.supercore.interceptors import (
 )
 from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+from google.protobuf.message import DecodeError
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +58,7 @@ POLL_S = 0.2
 
 _AWAY_S = 1.0
 _HEARTBEAT_S = 10.0
+_LENGTHS = struct.Struct(">IQQ")
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 
 
@@ -48,7 +66,12 @@ class WarmClient:
     """Answers a SuperNode's messages, one at a time."""
 
     def __init__(
-        self, address: str, answer: Answer, secret: bytes | None = None, poll_s: float = POLL_S
+        self,
+        address: str,
+        answer: Answer,
+        secret: bytes | None = None,
+        note: Path | None = None,
+        poll_s: float = POLL_S,
     ) -> None:
         """Serve the SuperNode whose Runtime API is at ``address`` (loopback, plain HTTP).
 
@@ -56,10 +79,11 @@ class WarmClient:
             address: host and port.
             answer: a ClientApp, or any function from message and context to reply.
             secret: what the SuperNode asks of executors (``--superexec-auth-secret-file``).
+            note: where to note the message under work; None notes nothing.
             poll_s: pause between questions.
         """
         self._address, self._answer, self._poll_s = address, answer, poll_s
-        self._secret = secret
+        self._secret, self._note = secret, note
 
     def serve(self) -> None:
         """Answer messages until the process ends; a SuperNode that is away is waited for."""
@@ -71,6 +95,7 @@ class WarmClient:
                 )
             )
         client, away = self._client(*extra), False
+        self._resume()
         while True:
             try:
                 found = client.AcquireTask(
@@ -98,12 +123,38 @@ class WarmClient:
         try:
             with _Heartbeat(client):
                 message, context, _, _ = pull_task_input(client)
-                reply, problem = self._reply(message, context)
-                push_message(client, reply, context)
-            status = SubStatus.FAILED if problem else SubStatus.COMPLETED
-            push_task_output(client, context, status, problem)
+                if self._note is not None:
+                    write_note(self._note, token, message, context)
+                self._finish(client, message, context)
         finally:
             client.close()
+            if self._note is not None:
+                self._note.unlink(missing_ok=True)
+
+    def _resume(self) -> None:
+        """Answer the message that the process before this one was killed over, if any."""
+        found = None if self._note is None else take_note(self._note)
+        if found is None:
+            return
+        token, message, context = found
+        TaskIdentity.run_id, TaskIdentity.node_id = context.run_id, context.node_id
+        client = self._client(RuntimeTokenHttpInterceptor(token))
+        try:
+            # Refused where the SuperNode has given the message up, or is a new one.
+            client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+            _log.info("going on with the message that the last process was killed over")
+            with _Heartbeat(client):
+                self._finish(client, message, context)
+        except httpx.HTTPError as error:
+            _log.warning("the last process's message cannot be answered any more: %s", error)
+        finally:
+            client.close()
+
+    def _finish(self, client: RuntimeHttpClient, message: Message, context: Context) -> None:
+        reply, problem = self._reply(message, context)
+        push_message(client, reply, context)
+        status = SubStatus.FAILED if problem else SubStatus.COMPLETED
+        push_task_output(client, context, status, problem)
 
     def _reply(self, message: Message, context: Context) -> tuple[Message, str]:
         try:
@@ -122,6 +173,46 @@ class WarmClient:
             root_certificates=None,
             interceptors=[version, *interceptors],
         )
+
+
+def write_note(path: Path, token: str, message: Message, context: Context) -> None:
+    """Note a message under work, for a process of the same minute: nothing is synced."""
+    parts = (
+        token.encode(),
+        message_to_proto(message).SerializeToString(),
+        context_to_proto(context).SerializeToString(),
+    )
+    temporary = path.with_name(path.name + ".tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(_LENGTHS.pack(*map(len, parts)))
+        for part in parts:
+            file.write(part)
+    temporary.replace(path)
+
+
+def take_note(path: Path) -> tuple[str, Message, Context] | None:
+    """Return what was noted and forget it; None where nothing sound was."""
+    try:
+        data = path.read_bytes()
+        path.unlink()
+        sizes = _LENGTHS.unpack_from(data)
+        if len(data) != _LENGTHS.size + sum(sizes):
+            raise ValueError(f"{len(data)} bytes")
+        token, message, context = (
+            data[start : start + size]
+            for size, start in zip(sizes, accumulate(sizes, initial=_LENGTHS.size), strict=False)
+        )
+        return (
+            token.decode(),
+            message_from_proto(ProtoMessage.FromString(message)),
+            context_from_proto(ProtoContext.FromString(context)),
+        )
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, struct.error, DecodeError) as error:
+        _log.warning("the note %s is not sound: %s", path, error)
+        return None
 
 
 class _Heartbeat:

@@ -124,6 +124,13 @@ class BlobStore:
 
         return self._read(checksum, build)
 
+    def size_bytes(self, checksum: str) -> int:
+        """Return the size of a file; 0 where it is missing."""
+        try:
+            return self._path(checksum).stat().st_size
+        except OSError:
+            return 0
+
     def collect(self, keep: Iterable[str]) -> None:
         """Delete every file that is not in ``keep``, unfinished ones included.
 

@@ -20,6 +20,9 @@ from alignfed.journal.rows import Row
 from alignfed.journal.schema import CheckpointRow
 from alignfed.journal.store import SqliteJournal
 
+KEPT_CHECKPOINTS = 2
+"""The newest, and one to fall back to should a file of the newest be damaged."""
+
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
@@ -80,6 +83,7 @@ class Checkpoints:
             JournalError: the state holds what the codec does not know, or the disk is full.
         """
         self._journal.commit(put_checkpoint(state, self._journal.seq, self._codec, self.blobs))
+        self._drop_superfluous()
         self.collect()
 
     def read_latest(self) -> tuple[int, Any] | None:
@@ -175,6 +179,17 @@ class Checkpoints:
         if self._payloads is not None:
             keep |= self._payloads.needed(self.oldest_seq())
         self.blobs.collect(keep)
+
+    def _drop_superfluous(self) -> None:
+        """Keep the newest, and older ones as far back as ``Payloads`` reach, at a distance."""
+        database, payloads = self._journal.database, self._payloads
+        found = list(database.query("SELECT id, seq FROM checkpoints ORDER BY id"))
+        older = found[:-KEPT_CHECKPOINTS]
+        kept = set() if payloads is None else payloads.starts([seq for _, seq in older])
+        doomed = [(number,) for number, seq in older if seq not in kept]
+        if doomed:
+            with database.transaction() as connection:
+                connection.executemany("DELETE FROM checkpoints WHERE id = ?", doomed)
 
     def oldest_seq(self) -> int:
         """Return the last row that the oldest checkpoint covers; what follows can be replayed."""

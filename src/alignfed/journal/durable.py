@@ -39,6 +39,9 @@ from alignfed.journal.store import Batching, SqliteJournal
 RECOVERY_TOLERANCE = 1e-4
 """How far recovery may end from the record in numbers; after an update of torch, bits differ."""
 
+REPLAY_BYTES = 256_000_000
+"""What a server keeps so that its last events can be replayed, beyond what recovery needs."""
+
 _ON_REQUEST = Batching(max_rows=2**62, max_chars=2**62, max_wait_s=math.inf)
 """Rows never go to disk before the files they name."""
 
@@ -75,6 +78,7 @@ class DurableLog:
         root: Path,
         coordinator: Coordinator,
         *,
+        replay_bytes: int = REPLAY_BYTES,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         """Open the record of a run that was begun, to be recovered before it takes events.
@@ -82,6 +86,7 @@ class DurableLog:
         Args:
             root: the run's directory.
             coordinator: as the run's recipe makes it.
+            replay_bytes: how much to keep for replays, beyond what recovery needs.
             wall_clock: seconds, for ``wall_time_s`` alone.
 
         Raises:
@@ -95,7 +100,7 @@ class DurableLog:
         self._server: ServerState | None = None
         self._unsynced: set[tuple[int, int]] = set()
         try:
-            self._recorder = Recorder(journal)
+            self._recorder = Recorder(journal, keep_bytes=replay_bytes)
             self._checkpoints = Checkpoints(journal, _codec(coordinator), self._recorder.payloads)
             with journal.database.transaction() as connection:
                 connection.execute(
@@ -115,6 +120,7 @@ class DurableLog:
         adapter: Adapter,
         *,
         keep_payloads: bool = False,
+        replay_bytes: int = REPLAY_BYTES,
         wall_clock: Callable[[], float] = time.time,
     ) -> DurableLog:
         """Begin a run's record with a checkpoint of the state before the first event.
@@ -124,8 +130,8 @@ class DurableLog:
             meta: what the run is.
             coordinator: as the run's recipe makes it.
             adapter: version 0.
-            keep_payloads: keep every upload from the start, so that the whole run can be replayed;
-                else only those that recovery could need.
+            keep_payloads: keep every upload from the start, so that the whole run can be replayed.
+            replay_bytes: else, how much to keep for replays, beyond what recovery needs.
             wall_clock: seconds, for ``wall_time_s`` alone.
 
         Raises:
@@ -139,7 +145,7 @@ class DurableLog:
 
         # The journal appears together with its first checkpoint: a run has begun, or it has not.
         SqliteJournal.create(root, replace(meta, replay=facts.to_text()), first=first).close()
-        log = cls(root, coordinator, wall_clock=wall_clock)
+        log = cls(root, coordinator, replay_bytes=replay_bytes, wall_clock=wall_clock)
         try:
             log.recover()
         except BaseException:

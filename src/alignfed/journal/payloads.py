@@ -1,13 +1,15 @@
 """Adapters and tensors that rows name and a replay needs: kept while anything could ask for them.
 
 They lie among the files of the checkpoints, under the same names, so that an upload that a
-checkpoint holds too is stored once. Kept are those of all rows after the oldest checkpoint, or of
-all rows there are.
+checkpoint holds too is stored once. Kept are those of all rows after the oldest checkpoint; how far
+back that lies is decided here, by the bytes that rows since then name.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -23,23 +25,29 @@ from alignfed.journal.recorded import read_rows
 class Payloads:
     """Which files rows need."""
 
-    def __init__(self, blobs: BlobStore, *, keep_all: bool) -> None:
+    def __init__(self, blobs: BlobStore, *, keep_bytes: float) -> None:
         """Begin with none; ``load`` finds those of a run that goes on.
 
         Args:
             blobs: where they are kept.
-            keep_all: forget none.
+            keep_bytes: how much to keep so that it can be replayed, beyond what recovery needs;
+                infinity forgets nothing.
         """
         self.blobs = blobs
-        self.keep_all = keep_all
+        self.keep_bytes = keep_bytes
         self._named: deque[tuple[int, str]] = deque()
-        self._kept: set[str] = set()
+        self._sizes: dict[str, int] = {}
+
+    @property
+    def keep_all(self) -> bool:
+        """Whether nothing is forgotten."""
+        return math.isinf(self.keep_bytes)
 
     def load(self, database: Database, after: int) -> None:
-        """Find what the committed rows after ``after`` name; with ``keep_all``, what all do."""
+        """Find what the committed rows after ``after`` name."""
         self._named.clear()
-        self._kept.clear()
-        for row in read_rows(database, after=0 if self.keep_all else after):
+        self._sizes.clear()
+        for row in read_rows(database, after=after):
             if row.kind == "note" and row.name == ANSWERS_NOTE:
                 for checksum in named_tensors(row.body):
                     self._note(row.seq, checksum)
@@ -73,16 +81,39 @@ class Payloads:
         self._note(seq, checksum)
         return checksum
 
+    def starts(self, seqs: Sequence[int]) -> set[int]:
+        """Return which of some checkpoints are worth keeping as the beginning of a replay.
+
+        The oldest within ``keep_bytes``, and one every half of that, so that when the oldest is too
+        far back the next one is not near.
+
+        Args:
+            seqs: the last row that each covers, ascending.
+        """
+        kept: set[int] = set()
+        last = math.inf
+        if self.keep_bytes == 0:
+            return kept
+        for seq in seqs:
+            size = self._bytes_after(seq)
+            if size <= self.keep_bytes and (not kept or last - size > self.keep_bytes / 2):
+                kept.add(seq)
+                last = size
+        return kept
+
     def needed(self, after: int) -> set[str]:
         """Return the checksums that rows after ``after`` name, and forget the others."""
-        if self.keep_all:
-            return self._kept
         while self._named and self._named[0][0] <= after:
             self._named.popleft()
-        return {checksum for _, checksum in self._named}
+        found = {checksum for _, checksum in self._named}
+        self._sizes = {one: size for one, size in self._sizes.items() if one in found}
+        return found
+
+    def _bytes_after(self, seq: int) -> int:
+        found = {checksum for named, checksum in self._named if named > seq}
+        return sum(self._sizes[checksum] for checksum in found)
 
     def _note(self, seq: int, checksum: str) -> None:
-        if self.keep_all:
-            self._kept.add(checksum)
-        else:
-            self._named.append((seq, checksum))
+        self._named.append((seq, checksum))
+        if checksum not in self._sizes:
+            self._sizes[checksum] = self.blobs.size_bytes(checksum)

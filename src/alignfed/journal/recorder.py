@@ -5,6 +5,7 @@ Files first, then the rows that name them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -26,11 +27,18 @@ class Recorder:
         payloads: what is kept for that; checkpoints are to know it.
     """
 
-    def __init__(self, journal: SqliteJournal) -> None:
-        """Record into ``journal``."""
+    def __init__(self, journal: SqliteJournal, *, keep_bytes: int = 0) -> None:
+        """Record into ``journal``.
+
+        Args:
+            journal: takes the rows, and says whether all payloads are kept.
+            keep_bytes: else, how much to keep beyond what recovery needs.
+        """
         self._journal = journal
         blobs = BlobStore(journal.directory.checkpoints)
-        self.payloads = Payloads(blobs, keep_all=journal.keeps_payloads)
+        self.payloads = Payloads(
+            blobs, keep_bytes=math.inf if journal.keeps_payloads else keep_bytes
+        )
         self._calibrator: RecordingCalibrator | None = None
 
     def observe(self, coordinator: Coordinator) -> Coordinator:

@@ -18,9 +18,6 @@ from alignfed.journal.database import Database, sqlite_errors
 FORMAT = 1
 """Version of the tables."""
 
-KEPT_CHECKPOINTS = 2
-"""The newest, and one to fall back to should a file of the newest be damaged."""
-
 TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE rows (
@@ -111,7 +108,7 @@ def make_tables(path: Path, meta: RunMeta, first: CheckpointRow | None = None) -
                 "INSERT INTO meta VALUES (?, ?)", [(k, str(v)) for k, v in entries.items()]
             )
             if first is not None:
-                insert_checkpoint(connection, first, 0.0, keep_first=True)
+                insert_checkpoint(connection, first, 0.0)
             connection.commit()
         finally:
             connection.close()
@@ -137,13 +134,9 @@ def read_meta(database: Database) -> dict[str, str]:
 
 
 def insert_checkpoint(
-    connection: sqlite3.Connection,
-    checkpoint: CheckpointRow,
-    wall_time_s: float,
-    *,
-    keep_first: bool,
+    connection: sqlite3.Connection, checkpoint: CheckpointRow, wall_time_s: float
 ) -> None:
-    """Add a checkpoint; drop what it makes superfluous, though perhaps never the very first."""
+    """Add a checkpoint; forget what was undone before it."""
     connection.execute(
         "INSERT INTO checkpoints (seq, adapters, tensors, state, wall_time_s)"
         " VALUES (?, ?, ?, ?, ?)",
@@ -154,11 +147,5 @@ def insert_checkpoint(
             checkpoint.state,
             wall_time_s,
         ),
-    )
-    connection.execute(
-        "DELETE FROM checkpoints WHERE id NOT IN"
-        " (SELECT id FROM checkpoints ORDER BY id DESC LIMIT ?)"
-        " AND NOT (? AND id = (SELECT MIN(id) FROM checkpoints))",
-        (KEPT_CHECKPOINTS, keep_first),
     )
     connection.execute("DELETE FROM undone WHERE seq <= ?", (checkpoint.seq,))

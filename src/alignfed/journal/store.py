@@ -225,9 +225,7 @@ class SqliteJournal:
                 connection.executemany(_INSERT, self._waiting)
                 tables.write(connection)
                 if checkpoint is not None:
-                    schema.insert_checkpoint(
-                        connection, checkpoint, self._committed_at, keep_first=self.keeps_payloads
-                    )
+                    schema.insert_checkpoint(connection, checkpoint, self._committed_at)
             self._waiting.clear()
             self._waiting_chars = 0
             lines = tables.clear()
