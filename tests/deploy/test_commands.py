@@ -264,3 +264,15 @@ def test_settings_and_recipe_survive_a_directory_with_odd_letters(tmp_path):
     assert "%%d" in (made.systemd / "alignfed-server.service").read_text()
     assert DeviceDirectory(root).settings.exists() is False
     assert update_registry(made.registry, lambda known: known).devices == ()
+
+
+def test_without_the_extra_every_command_says_how_to_install_it(tmp_path, monkeypatch):
+    from alignfed.cli import refusal
+
+    monkeypatch.setattr(refusal, "_DEPLOY_EXTRA", ("flwr", "no_such_package"))
+    said = run("init", tmp_path / "fl", "--host", "localhost", code=2)
+    assert "no_such_package not installed" in said
+    assert "pip install 'alignfed[deploy]'" in said
+    result = CliRunner().invoke(app, ["up", "--out", str(tmp_path / "up")])
+    assert result.exit_code == 2
+    assert "alignfed[deploy]" in result.output

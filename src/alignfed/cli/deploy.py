@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from alignfed.cli.refusal import refusing
+from alignfed.cli.refusal import refusing, require_deploy_extra
 
 if TYPE_CHECKING:
     from alignfed.deploy.directory import ServerDirectory
@@ -29,6 +29,13 @@ deploy_app = typer.Typer(
     "channel, and there run [b]alignfed deploy device phone-1[/b]. Watch it with "
     "[b]alignfed deploy status fl[/b]. To try it all on one machine: [b]alignfed up[/b].",
 )
+
+
+@deploy_app.callback()
+@refusing
+def _root() -> None:
+    require_deploy_extra()
+
 
 ServerArgument = Annotated[
     Path, typer.Argument(metavar="DIR", help="The server's directory, made by deploy init.")

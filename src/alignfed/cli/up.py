@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from alignfed.cli.refusal import INTERRUPTED, refusing
+from alignfed.cli.refusal import INTERRUPTED, refusing, require_deploy_extra
 
 
 @refusing
@@ -63,6 +63,7 @@ def up(
     flight at most; DIR/recipe.toml says so, and [b]alignfed simulate DIR/recipe.toml[/b] is its
     counterpart on a virtual clock. Ctrl-C ends every process; the same command goes on.
     """
+    require_deploy_extra()
     from alignfed.cli.view import RunView, UnheardConsole
     from alignfed.config import default_recipe, load_recipe
     from alignfed.deploy.supervisor import stop_on_signals
