@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from alignfed.api import resume, simulate
     from alignfed.config import Recipe, default_recipe, load_recipe
     from alignfed.errors import AlignFedError
+    from alignfed.replaying import ReplayResult, replay
     from alignfed.running import RunResult
     from alignfed.sanitizing import Sanitized, sanitize
     from alignfed.study.ablation import ablate
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "AlignFedError": "alignfed.errors",
     "Recipe": "alignfed.config",
+    "ReplayResult": "alignfed.replaying",
     "RunResult": "alignfed.running",
     "Sanitized": "alignfed.sanitizing",
     "StudyResult": "alignfed.study.comparison",
@@ -30,6 +32,7 @@ _WHERE = {
     "compare": "alignfed.study.comparison",
     "default_recipe": "alignfed.config",
     "load_recipe": "alignfed.config",
+    "replay": "alignfed.replaying",
     "resume": "alignfed.api",
     "sanitize": "alignfed.sanitizing",
     "simulate": "alignfed.api",
@@ -38,6 +41,7 @@ _WHERE = {
 __all__ = [
     "AlignFedError",
     "Recipe",
+    "ReplayResult",
     "RunResult",
     "Sanitized",
     "StudyResult",
@@ -45,6 +49,7 @@ __all__ = [
     "compare",
     "default_recipe",
     "load_recipe",
+    "replay",
     "resume",
     "sanitize",
     "simulate",

@@ -13,7 +13,13 @@ from alignfed.build import Simulation, build_simulation
 from alignfed.config import Recipe, default_recipe, load_recipe
 from alignfed.errors import AlignFedError, JournalError
 from alignfed.inputs import CONTENT, fingerprint_examples, fingerprint_files, refuse_changes
-from alignfed.journal import RunDirectory, RunMeta, SqliteJournal, write_text_atomically
+from alignfed.journal import (
+    RunDirectory,
+    RunMeta,
+    SqliteJournal,
+    facts_of,
+    write_text_atomically,
+)
 from alignfed.progress import ProgressView, SilentView
 from alignfed.running import CHECKPOINT_EVERY_S, Run, RunResult
 from alignfed.version import __version__
@@ -25,6 +31,7 @@ def simulate(
     *,
     overrides: Sequence[str] = (),
     view: ProgressView | None = None,
+    keep_payloads: bool = False,
     checkpoint_every_s: float = CHECKPOINT_EVERY_S,
     build: Callable[[Recipe], Simulation] = build_simulation,
 ) -> RunResult:
@@ -35,6 +42,8 @@ def simulate(
         directory: where to keep the run; made if missing, refused if it holds a run.
         overrides: ``key=value`` changes, where ``recipe`` is a path or None.
         view: watches the run.
+        keep_payloads: keep every upload, so that ``replay`` can begin at the start; else those
+            since the oldest checkpoint that is kept.
         checkpoint_every_s: real seconds between checkpoints.
         build: makes a recipe's objects; who runs many recipes may share what is loaded.
 
@@ -60,7 +69,8 @@ def simulate(
     _make_directory(place.root)
     write_text_atomically(place.recipe, text)
     inputs = json.dumps({**files, CONTENT: fingerprint_examples(simulation)})
-    meta = RunMeta(__version__, _sha256(text), recipe.seed, inputs)
+    facts = facts_of(simulation.parts.coordinator, keep_payloads=keep_payloads)
+    meta = RunMeta(__version__, _sha256(text), recipe.seed, inputs, facts.to_text())
     with SqliteJournal.create(place.root, meta) as journal:
         run = Run(simulation, place, journal, view or SilentView(), began_s, checkpoint_every_s)
         return run.go_on(None, resumed=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -12,12 +11,10 @@ from typing import Any
 from alignfed import builtin
 from alignfed.config import FleetSection, Recipe
 from alignfed.config.section import BUILTIN, Section
+from alignfed.coordinating import make_coordinator, or_never
 from alignfed.core.adapter import Adapter
-from alignfed.core.aggregation import make_rule
-from alignfed.core.coordinator import Coordinator
-from alignfed.core.lora import Exchange, exchange_of, make_lora_rule
+from alignfed.core.lora import Exchange, exchange_of
 from alignfed.core.ports import ClientTrainer, Evaluation, Journal
-from alignfed.core.state import CoordinatorSettings, StopConditions
 from alignfed.errors import FleetError, RecipeError
 from alignfed.journal.spill import spilled
 from alignfed.simulation.conditions import Conditions, GeneratedConditions, Variation
@@ -123,7 +120,7 @@ def load(recipe: Recipe) -> Loaded:
         AlignFedError: what the recipe names does not exist or does not fit together.
     """
     data, template = build_data(recipe)
-    base = load_base(_model_settings(recipe, data), lora_settings(recipe), recipe.seed)
+    base = load_base(model_settings(recipe, data.label_names), lora_settings(recipe), recipe.seed)
     encoder = Encoder(base, template, recipe.data.max_length)
     trainer, cohort_size = make_trainer(recipe, base, encoder, template, data)
     scoring = recipe.evaluation
@@ -166,10 +163,8 @@ def assemble(loaded: Loaded, recipe: Recipe) -> Simulation:
 
     personal, folder = loaded.personal, recipe.server.buffer_folder
     parts = EngineParts(
-        coordinator=Coordinator(
-            build_settings(recipe),
-            make_rule(recipe.strategy.rule, **recipe.strategy.settings),
-            make_lora_rule(recipe.strategy.lora),
+        coordinator=make_coordinator(
+            recipe,
             loaded.calibrator,
             build_exchange(recipe, fleet, base.initial_adapter()),
             None if folder is None else partial(spilled, folder=Path(folder)),
@@ -184,30 +179,6 @@ def assemble(loaded: Loaded, recipe: Recipe) -> Simulation:
         calibration_flops_per_token=base.forward_flops_per_token(base.initial_adapter()),
     )
     return Simulation(recipe, data, base, evaluator, fleet, parts, personal)
-
-
-def build_settings(recipe: Recipe) -> CoordinatorSettings:
-    """Return the coordinator's settings."""
-    server, stop = recipe.server, recipe.stop
-    return CoordinatorSettings(
-        concurrency=server.concurrency,
-        buffer_size=server.buffer_size,
-        flush_timeout_s=_or_never(server.flush_timeout_s),
-        task_timeout_s=_or_never(server.task_timeout_s),
-        retry_backoff_s=server.retry_backoff_s,
-        max_backoff_s=server.max_backoff_s,
-        max_norm_ratio=server.max_norm_ratio or math.inf,
-        evaluate_every=recipe.evaluation.every_versions,
-        stop=StopConditions(
-            max_time_s=_or_never(stop.virtual_time_s),
-            max_uploads=_or_never(stop.uploads),
-            max_versions=_or_never(stop.versions),
-            max_tokens=_or_never(stop.tokens),
-            target_loss=-math.inf if stop.target_loss is None else stop.target_loss,
-            patience=_or_never(stop.patience),
-            min_improvement=stop.min_improvement,
-        ),
-    )
 
 
 def build_exchange(recipe: Recipe, fleet: Fleet, initial: Adapter) -> Exchange:
@@ -238,7 +209,7 @@ def build_data(recipe: Recipe) -> tuple[FederatedData, TemplateSettings]:
     """
     section, seed = recipe.data, recipe.seed
     deal = PartitionSettings(**_values(section.partition, PartitionSettings), seed=seed)
-    settings, template = data_settings(recipe), template_settings(recipe)
+    settings, template = data_settings(recipe), template_of(recipe)
     if section.path != BUILTIN:
         return load_data(settings, template, deal), template
     assert section.num_examples is not None and section.evaluation_examples is not None
@@ -254,19 +225,35 @@ def build_data(recipe: Recipe) -> tuple[FederatedData, TemplateSettings]:
 
 
 def data_settings(recipe: Recipe) -> DataSettings:
-    """Return where records are and how much of them goes where."""
+    """Return where the recipe's records are and how much of them goes where."""
     section = recipe.data
     path = "" if section.path == BUILTIN else section.path
     return DataSettings(**{**_values(section, DataSettings), "path": path}, seed=recipe.seed)
 
 
-def template_settings(recipe: Recipe) -> TemplateSettings:
+def template_of(recipe: Recipe) -> TemplateSettings:
     """Return how a record becomes text."""
-    if recipe.data.path == BUILTIN:
-        return TemplateSettings(builtin.PROMPT_TEMPLATE, " {response}")
     given = recipe.data.template
-    assert given is not None  # the recipe was validated
+    if given is None:
+        return TemplateSettings(builtin.PROMPT_TEMPLATE, " {response}")
     return TemplateSettings(given.prompt, given.response, given.chat)
+
+
+def model_settings(recipe: Recipe, label_names: tuple[str, ...]) -> ModelSettings:
+    """Return which base model the recipe asks for; a classifier's names say how many classes."""
+    section = recipe.model
+    labels = label_names or None
+    return ModelSettings(
+        path=str(builtin.MODEL_PATH) if section.path == BUILTIN else section.path,
+        task=section.task,
+        num_labels=len(labels) if labels else None,
+        dtype=section.dtype,
+        quantization=None if section.quantization == "none" else section.quantization,
+        gradient_checkpointing=section.gradient_checkpointing,
+        device=section.device,
+        revision=section.revision,
+        label_names=labels,
+    )
 
 
 def build_fleet(section: FleetSection, count: int, seed: int) -> Fleet:
@@ -329,25 +316,9 @@ def _variation(section: FleetSection) -> Variation:
         slot_s=given.slot_s,
         compute_sigma=given.compute_sigma,
         network_sigma=given.network_sigma,
-        mean_on_s=_or_never(given.mean_on_s),
+        mean_on_s=or_never(given.mean_on_s),
         mean_off_s=given.mean_off_s,
         failures_per_hour=given.failures_per_hour,
-    )
-
-
-def _model_settings(recipe: Recipe, data: FederatedData) -> ModelSettings:
-    section = recipe.model
-    labels = data.label_names or None
-    return ModelSettings(
-        path=str(builtin.MODEL_PATH) if section.path == BUILTIN else section.path,
-        task=section.task,
-        num_labels=len(labels) if labels else None,
-        dtype=section.dtype,
-        quantization=None if section.quantization == "none" else section.quantization,
-        gradient_checkpointing=section.gradient_checkpointing,
-        device=section.device,
-        revision=section.revision,
-        label_names=labels,
     )
 
 
@@ -376,7 +347,3 @@ def _values(section: Section, settings: Any) -> dict[str, Any]:
 
 def _plain(records: Sequence[builtin.Record]) -> list[dict[str, Any]]:
     return [dict(record) for record in records]
-
-
-def _or_never(limit: float | None) -> float:
-    return math.inf if limit is None else limit

@@ -59,3 +59,7 @@ class ModelError(AlignFedError):
 
 class JournalError(AlignFedError):
     """A run's directory is missing, damaged, or belongs to another version or recipe."""
+
+
+class DeploymentError(AlignFedError):
+    """A deployment's directory, keys, devices or processes are not as they must be."""

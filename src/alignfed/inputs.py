@@ -26,7 +26,7 @@ def fingerprint_files(recipe: Recipe) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in _named(recipe):
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        found.update((str(file), _fingerprint(file)) for file in files if file.is_file())
+        found.update((str(file), fingerprint(file)) for file in files if file.is_file())
     return found
 
 
@@ -83,11 +83,17 @@ def _named(recipe: Recipe) -> list[Path]:
     if data.path != BUILTIN:
         names.append(data.path)
         names.append(data.evaluation)
+    names += [recipe.deploy.evaluation, recipe.deploy.calibration]
     paths = [Path(name).expanduser() for name in names if name]
     return [path for path in paths if path.exists()]
 
 
-def _fingerprint(path: Path) -> str:
+def fingerprint(path: Path) -> str:
+    """Return a file's fingerprint: its size and a digest.
+
+    Raises:
+        JournalError: it cannot be read.
+    """
     try:
         size = path.stat().st_size
         digest = hashlib.sha256()

@@ -37,6 +37,7 @@ class RunInfo:
         limits: stop conditions.
         resumed: whether it goes on from an earlier part.
         warnings: damage that was met and passed over, in words.
+        clock: what the run's seconds are called; a deployed run's are real.
     """
 
     name: str
@@ -53,6 +54,7 @@ class RunInfo:
     limits: Limits
     resumed: bool = False
     warnings: tuple[str, ...] = ()
+    clock: str = "virtual time"
 
 
 @dataclass(frozen=True, slots=True)

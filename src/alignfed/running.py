@@ -10,11 +10,12 @@ import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from alignfed.build import Simulation, fleet_words
+from alignfed.closing import Closing, Scores, close_run, export_adapter, final_adapter
 from alignfed.core.adapter import Adapter
 from alignfed.core.events import EvaluationFinished, Event
 from alignfed.core.instructions import Evaluate, Instruction, Publish
@@ -24,19 +25,17 @@ from alignfed.interruption import interrupt_between_steps
 from alignfed.journal import (
     Checkpoints,
     Codec,
+    Recorder,
     RunDirectory,
-    RunReader,
     SqliteJournal,
-    write_summary,
+    rule_state_class,
     write_text_atomically,
 )
 from alignfed.progress import Limits, ProgressView, RunInfo, RunSnapshot
 from alignfed.reference import synchronous_time_s
-from alignfed.report import RunFacts, UploadFact, summarise
 from alignfed.simulation.engine import Engine, own_adapters
-from alignfed.simulation.state import CHECKPOINTED, EngineState
+from alignfed.simulation.state import CHECKPOINTED, EngineState, RunState
 from alignfed.simulation.trace import record_trace
-from alignfed.training.export import as_exported
 from alignfed.training.personal import mean_of_clients
 
 CHECKPOINT_EVERY_S = 10.0
@@ -64,14 +63,6 @@ class RunResult:
         return RunDirectory(self.directory).adapter
 
 
-@dataclass(slots=True)
-class RunState:
-    """What a checkpoint holds: the engine, and the real time spent so far."""
-
-    engine: EngineState
-    wall_time_s: float
-
-
 class Run:
     """Implements the journal's port to see what passes."""
 
@@ -91,9 +82,10 @@ class Run:
         self.view = view
         self.began_s = began_s
         self.checkpoint_every_s = checkpoint_every_s
+        self.recorder = Recorder(journal)
         rule = simulation.parts.coordinator.rule
-        rule_state = type(rule.init(simulation.initial_adapter))
-        self.checkpoints = Checkpoints(journal, Codec(RunState, rule_state, *CHECKPOINTED))
+        codec = Codec(rule_state_class(rule), *CHECKPOINTED)
+        self.checkpoints = Checkpoints(journal, codec, self.recorder.payloads)
         self.warnings: tuple[str, ...] = ()
         self.expected_cohorts: deque[tuple[int, ...]] = deque()
         self.engine: Engine | None = None
@@ -106,7 +98,7 @@ class Run:
 
     def record(self, event: Event, instructions: Sequence[Instruction]) -> None:
         """Append an event and the instructions it led to."""
-        self.journal.record(event, instructions)
+        self.recorder.record(event, instructions)
         if isinstance(event, EvaluationFinished):
             self.loss, self.score = event.loss, event.score
         for instruction in instructions:
@@ -151,8 +143,10 @@ class Run:
             KeyboardInterrupt: interrupted; a checkpoint was written.
         """
         parts = self.simulation.with_journal(self)
+        parts = replace(parts, coordinator=self.recorder.observe(parts.coordinator))
         if state is None:
             engine = Engine(parts, self.simulation.initial_adapter)
+            self._checkpoint(engine)  # where a replay begins
         else:
             engine = Engine.restore(parts, state.engine)
             self.earlier_s = state.wall_time_s
@@ -190,50 +184,18 @@ class Run:
         if not engine.finished:
             raise _standstill(engine.state)
         state = engine.state
-        final = state.coordinator.adapter
-        exported = as_exported(final, recipe.lora.export_rank)
-        base_found, final_found, clients = self._score(engine, exported.adapter)
-        name = simulation.base.settings.path
-        simulation.base.export(exported.adapter, self.place.adapter, name)
-        if simulation.personal is not None:
-            own = own_adapters(simulation.parts, state, exported.adapter)
-            for client_id in state.kept:
-                simulation.base.export(own[client_id], self.place.client_adapter(client_id), name)
-        if recipe.fleet.record_s is not None:
-            trace = record_trace(simulation.fleet, recipe.fleet.record_s)
-            write_text_atomically(self.place.root / "devices.jsonl", trace)
-        self.journal.flush()
-        with RunReader(self.place.root) as reader:
-            applied = [
-                UploadFact(upload.client_id or 0, upload.staleness or 0)
-                for upload in reader.uploads("applied")
-            ]
-            rejections = reader.rejections()
-        facts = RunFacts(
-            strategy=recipe.strategy.rule,
-            seed=recipe.seed,
+        closing = Closing(
+            recipe=recipe,
+            base=simulation.base,
+            place=self.place,
+            state=state.coordinator,
             client_ids=tuple(simulation.data.clients),
-            applied=applied,
-            rejections=rejections,
-            scorer=recipe.evaluation.scorer,
-            base_loss=base_found.loss,
-            final_loss=final_found.loss,
-            base_score=base_found.score,
-            final_score=final_found.score,
-            client_losses={client_id: found.loss for client_id, found in clients.items()},
-            virtual_time_s=state.now_s,
+            time_s=state.now_s,
+            wall_time_s=0.0,
+            recipe_sha256=self.journal.meta["recipe_sha256"],
             synchronous_time_s=synchronous_time_s(simulation, state.coordinator.received),
-            server_version=state.coordinator.version,
-            wall_time_s=self._wall_time_s(),
             extra={
-                "recipe_sha256": self.journal.meta["recipe_sha256"],
-                "stop_reason": str(state.coordinator.stopped),
-                "adapter_checksum": final.checksum,
-                "adapter_rank": exported.rank,
-                "export_truncation": exported.truncation,
                 "evaluated_on": "common" if simulation.personal is None else "own",
-                "adapter_parameters": simulation.base.adapter_parameters,
-                "base_parameters": simulation.base.num_parameters,
                 "downloaded_bytes": state.downloaded_bytes,
                 "uploaded_bytes": state.uploaded_bytes,
                 "trained_tokens": state.trained_tokens,
@@ -242,13 +204,21 @@ class Run:
                 "duplicates_removed": simulation.data.removed,
             },
         )
-        summary = summarise(facts)
-        write_summary(self.place.summary, summary)
-        return summary
+        exported = final_adapter(closing)
+        scores = self._score(engine, exported.adapter)
+        export_adapter(closing, exported.adapter)
+        if simulation.personal is not None:
+            own = own_adapters(simulation.parts, state, exported.adapter)
+            name = simulation.base.settings.path
+            for client_id in state.kept:
+                simulation.base.export(own[client_id], self.place.client_adapter(client_id), name)
+        if recipe.fleet.record_s is not None:
+            trace = record_trace(simulation.fleet, recipe.fleet.record_s)
+            write_text_atomically(self.place.root / "devices.jsonl", trace)
+        self.journal.flush()
+        return close_run(replace(closing, wall_time_s=self._wall_time_s()), exported, scores)
 
-    def _score(
-        self, engine: Engine, final: Adapter
-    ) -> tuple[Evaluation, Evaluation, Mapping[int, Evaluation]]:
+    def _score(self, engine: Engine, final: Adapter) -> Scores:
         """Score version 0 and the final adapter, and the final one on each client's own data."""
         simulation = self.simulation
         first, personal = simulation.initial_adapter, simulation.personal
@@ -256,12 +226,12 @@ class Run:
             before = personal.evaluate(dict.fromkeys(simulation.parts.clients, first))
             own = own_adapters(simulation.parts, engine.state, final)
             clients = personal.evaluate_clients(own)
-            return before, mean_of_clients(clients), clients
+            return Scores(before, mean_of_clients(clients), clients)
         evaluator = simulation.evaluator
         before = evaluator.evaluate(first, with_score=True)
         after = evaluator.evaluate(final, with_score=True)
         wanted = simulation.recipe.evaluation.per_client
-        return before, after, evaluator.evaluate_clients(final) if wanted else {}
+        return Scores(before, after, evaluator.evaluate_clients(final) if wanted else {})
 
     def _clients(self, adapter: Adapter) -> Mapping[int, Evaluation]:
         """Score an adapter on each client's own data, with what the client keeps in its place."""

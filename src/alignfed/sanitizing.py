@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from alignfed.build import Loaded, data_settings, load, template_settings
+from alignfed.build import Loaded, data_settings, load, template_of
 from alignfed.config import Recipe, load_recipe
 from alignfed.core.adapter import Adapter
 from alignfed.core.lora import exchange_of
@@ -221,7 +221,7 @@ def _examples(recipe: Recipe, loaded: Loaded, path: Path) -> list[Example]:
     settings = data_settings(recipe)
     if settings.label_column is not None:
         settings = replace(settings, label_names=loaded.data.label_names)
-    return make_formatter(settings, template_settings(recipe), records)(records, str(path))
+    return make_formatter(settings, template_of(recipe), records)(records, str(path))
 
 
 def _share_given(loaded: Loaded, adapter: Adapter, examples: Sequence[Example]) -> float:

@@ -29,7 +29,7 @@ def make_trainer(
     data: FederatedData,
 ) -> tuple[ClientTrainer, int]:
     """Return what trains clients, and how many tasks it is to be given together at most."""
-    training, settings, seed = recipe.training, _local_settings(recipe), recipe.seed
+    training, settings, seed = recipe.training, local_settings(recipe), recipe.seed
     alone = LocalTrainer(base, encoder, data.clients, settings, seed)
     width = training.cohort_size
     if width == 1 and training.workers == 1:
@@ -69,7 +69,8 @@ def lora_settings(recipe: Recipe) -> LoraSettings:
     )
 
 
-def _local_settings(recipe: Recipe) -> LocalSettings:
+def local_settings(recipe: Recipe) -> LocalSettings:
+    """Return what the recipe has every client do with a task."""
     section = recipe.training
     rule = make_rule(recipe.strategy.rule, **recipe.strategy.settings)
     return LocalSettings(

@@ -18,6 +18,7 @@ from alignfed.core.events import (
     TaskFailed,
     TimerFired,
     UpdateArrived,
+    UploadRefused,
 )
 from alignfed.core.instructions import (
     Dispatch,
@@ -122,6 +123,36 @@ def test_a_synchronous_round_ends_when_the_last_client_fails():
     state, out = coordinator.handle(state, TaskFailed(2.0, second.task_id, 1, "crashed"))
     (published,) = of(Publish, out)
     assert [applied.client_id for applied in published.applied] == [0]
+
+
+def test_a_refused_upload_ends_its_clients_task_and_counts_as_an_answer():
+    coordinator, state, out = start(clients=1, concurrency=1, buffer_size=1, retry_backoff_s=2.0)
+    (task,) = dispatches(out)
+    refused = UploadRefused(1.0, task.task_id, 0, RejectReason.MALFORMED, "not safetensors")
+    state, out = coordinator.handle(state, refused)
+    check_invariants(state, coordinator.settings)
+    assert of(Reject, out) == [Reject(task.task_id, 0, RejectReason.MALFORMED, "not safetensors")]
+    assert state.received == 1 and not state.tasks and not dispatches(out)
+    assert [timer.at_s for timer in of(SetTimer, out)] == [3.0]
+
+
+def test_a_refused_upload_for_someone_elses_task_leaves_that_task_in_flight():
+    coordinator, state, out = start(clients=2, concurrency=2, buffer_size=2)
+    first, _ = dispatches(out)
+    other = 1 - first.client_id
+    refused = UploadRefused(1.0, first.task_id, other, RejectReason.WRONG_CLIENT, "")
+    state, out = coordinator.handle(state, refused)
+    assert len(of(Reject, out)) == 1
+    assert first.task_id in state.tasks and state.received == 0
+
+
+def test_an_upload_for_a_task_that_was_reported_failed_is_late_not_a_repetition():
+    coordinator, state, out = start(clients=1, concurrency=1, buffer_size=1)
+    (task,) = dispatches(out)
+    update = answer(state, task, 1)
+    state, _ = coordinator.handle(state, TaskFailed(1.0, task.task_id, 0, "node gone"))
+    state, out = coordinator.handle(state, UpdateArrived(2.0, update))
+    assert [refusal.reason for refusal in of(Reject, out)] == [RejectReason.TASK_EXPIRED]
 
 
 def test_a_silent_client_is_given_up_and_comes_back_after_its_backoff():

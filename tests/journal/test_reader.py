@@ -86,5 +86,5 @@ def test_a_reader_cannot_write_and_does_not_stop_the_writer(
             journal.cut(0)
             assert reader.last() == (0, 0.0)
         with pytest.raises(JournalError, match="readonly"):
-            list(reader._database.query("DELETE FROM meta"))
+            list(reader.database.query("DELETE FROM meta"))
         assert before[0] > 0

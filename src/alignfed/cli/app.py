@@ -11,7 +11,10 @@ import typer
 from rich.console import Console
 
 from alignfed.cli import studies
+from alignfed.cli.deploy import deploy_app
 from alignfed.cli.refusal import INTERRUPTED, debugging, refusing
+from alignfed.cli.replay import replay
+from alignfed.cli.up import up
 from alignfed.progress import ProgressView
 from alignfed.version import __version__
 
@@ -86,6 +89,13 @@ def simulate(
             help="Where to keep the run; a new folder in runs/ if left out.",
         ),
     ] = None,
+    keep_payloads: Annotated[
+        bool,
+        typer.Option(
+            "--keep-payloads",
+            help="Keep every upload, so that [b]alignfed replay[/b] can begin at the start.",
+        ),
+    ] = False,
 ) -> None:
     """Run a federated fine-tuning on a virtual clock, and keep recipe, journal and adapter."""
     from alignfed.config import default_recipe, load_recipe
@@ -95,7 +105,10 @@ def simulate(
     directory = out if out is not None else _new_directory(loaded.name)
     from alignfed import api
 
-    _watch(directory, lambda view: api.simulate(loaded, directory, view=view))
+    _watch(
+        directory,
+        lambda view: api.simulate(loaded, directory, view=view, keep_payloads=keep_payloads),
+    )
 
 
 @app.command(epilog="Example: [b]alignfed resume runs/alignfed[/b]")
@@ -153,6 +166,12 @@ def sanitize(
     console.print(f"adapter: {done.adapter}", soft_wrap=True)
 
 
+app.command(
+    epilog="Example: [b]alignfed simulate --keep-payloads --out runs/kept[/b], then "
+    "[b]alignfed replay runs/kept[/b]"
+)(replay)
+
+
 @app.command(epilog="Example: [b]alignfed strategies fedbuff[/b] shows the settings of one rule.")
 @refusing
 def strategies(
@@ -204,6 +223,11 @@ def plan(recipe: RecipeOption = None, overrides: SetOption = None) -> None:
 
 
 studies.add_commands(app)
+app.command(
+    epilog="Examples: [b]alignfed up[/b]; "
+    "[b]alignfed up my.toml --devices 8 --set stop.uploads=64 --out runs/real[/b]"
+)(up)
+app.add_typer(deploy_app)
 
 
 def _console() -> Console:

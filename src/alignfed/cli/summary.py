@@ -67,7 +67,7 @@ def _quality(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 def _time(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     rows = []
     own, synchronous = summary.get("virtual_time_s"), summary.get("synchronous_virtual_time_s")
-    if own is not None:
+    if own is not None and synchronous is not None:
         speedup = f"{synchronous / own:.1f} times sooner" if synchronous and own > 0 else ""
         rows.append(
             ("virtual time, FedAvg against this", duration(synchronous), duration(own), speedup)

@@ -139,7 +139,10 @@ class RunView:
         if limits is not None and limits.uploads is not None:
             uploads = f"{uploads}/{limits.uploads}"
         cells = [
-            ("virtual time", duration(snapshot.virtual_time_s)),
+            (
+                self._info.clock if self._info is not None else "virtual time",
+                duration(snapshot.virtual_time_s),
+            ),
             ("version", str(snapshot.version)),
             ("uploads", uploads),
             ("staleness", decimal(snapshot.staleness_mean, 1)),

@@ -2,6 +2,7 @@
 
 from alignfed.config.compare import AblateSection, CompareSection
 from alignfed.config.data import DataSection, PartitionSection, TemplateSection
+from alignfed.config.deploy import DeploySection
 from alignfed.config.document import write_commented, write_recipe
 from alignfed.config.fleet import FleetSection, VariationSection
 from alignfed.config.load import default_recipe, load_recipe, make_recipe
@@ -21,6 +22,7 @@ __all__ = [
     "ArchitectureSection",
     "CompareSection",
     "DataSection",
+    "DeploySection",
     "EvaluationSection",
     "FleetSection",
     "LoraSection",

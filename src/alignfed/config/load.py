@@ -37,12 +37,16 @@ def default_recipe(overrides: Sequence[str] = ()) -> Recipe:
     return _parse(text, DEFAULT_NAME, (Path.cwd(),), overrides)
 
 
-def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: Path | str, overrides: Sequence[str] = (), *, files_exist: bool = True
+) -> Recipe:
     """Return the recipe in a TOML file, with overrides.
 
     Args:
         path: the file.
         overrides: ``key=value`` texts, applied in order.
+        files_exist: refuse a recipe that names local files that are not there; who reads a recipe
+            without running it may do without them.
 
     Raises:
         RecipeError: the file cannot be read, or the recipe has problems; all are listed.
@@ -55,7 +59,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"recipe {file} does not exist{near}", path=str(file)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {file} cannot be read: {error}", path=str(file)) from error
-    return _parse(text, str(file), (file.resolve().parent, Path.cwd()), overrides)
+    folders = (file.resolve().parent, Path.cwd())
+    return _parse(text, str(file), folders, overrides, files_exist=files_exist)
 
 
 def make_recipe(document: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
@@ -67,12 +72,19 @@ def make_recipe(document: Mapping[str, Any], overrides: Sequence[str] = ()) -> R
     return _build(document, "the recipe", (Path.cwd(),), overrides)
 
 
-def _parse(text: str, source: str, folders: tuple[Path, ...], overrides: Sequence[str]) -> Recipe:
+def _parse(
+    text: str,
+    source: str,
+    folders: tuple[Path, ...],
+    overrides: Sequence[str],
+    *,
+    files_exist: bool = True,
+) -> Recipe:
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{source} is not valid TOML: {error}", path=source) from error
-    return _build(document, source, folders, overrides)
+    return _build(document, source, folders, overrides, files_exist=files_exist)
 
 
 def _build(
@@ -80,6 +92,8 @@ def _build(
     source: str,
     folders: tuple[Path, ...],
     overrides: Sequence[str],
+    *,
+    files_exist: bool = True,
 ) -> Recipe:
     changes, problems = read_overrides(overrides)
     merged, refused = apply_overrides(document, changes)
@@ -89,7 +103,7 @@ def _build(
     except ValidationError as error:
         problems += problems_of(error)
     else:
-        problems += _missing_files(recipe)
+        problems += _missing_files(recipe) if files_exist else ()
     if problems:
         raise refusal(source, problems)
     return recipe

@@ -44,10 +44,11 @@ def refusal(source: str, problems: Sequence[Problem]) -> RecipeError:
     return RecipeError(f"{source} has {count}:{lines}", source=source, problems=tuple(problems))
 
 
-def problems_of(error: ValidationError) -> list[Problem]:
-    """Return a validation's problems in the order of the recipe, each once."""
+def problems_of(error: ValidationError, root: type[Section] = Recipe) -> list[Problem]:
+    """Return a validation's problems in the order of the keys of ``root``, each once."""
     # A value that fits no member of a union is reported once a member, always in the same words.
-    every = (problem for entry in error.errors(include_url=False) for problem in _translated(entry))
+    entries = error.errors(include_url=False)
+    every = (problem for entry in entries for problem in _translated(entry, root))
     return list(dict.fromkeys(every))
 
 
@@ -60,22 +61,22 @@ def known_paths(section: type[Section] = Recipe, prefix: str = "") -> Iterator[s
             yield from known_paths(inner, f"{prefix}{name}.")
 
 
-def _translated(entry: Any) -> Iterator[Problem]:
+def _translated(entry: Any, root: type[Section]) -> Iterator[Problem]:
     location = entry["loc"]
-    path, field = _field_at(location)
+    path, field = _field_at(location, root)
     kind, value = entry["type"], entry["input"]
     unfit = entry.get("ctx", {}).get("error")
     if isinstance(unfit, UnfitError):
         for inner, sentence in unfit.problems:
             yield Problem(".".join(part for part in (path, inner) if part), sentence)
     elif kind == "extra_forbidden":
-        yield Problem(_dotted(location), f"unknown key{_nearest(_dotted(location))}")
+        yield Problem(_dotted(location), f"unknown key{_nearest(_dotted(location), root)}")
     elif kind == "missing" and field is not None:
         example = (field.json_schema_extra or {}).get(SUGGESTED)  # type: ignore[union-attr]
         shown = f", for example {toml_text(example)}" if example is not None else ""
         yield Problem(path, f"is missing; it must be {allowed_words(field)}{shown}")
     elif field is None:
-        yield Problem(path, f"the recipe must be a table of sections, not {toml_text(value)}")
+        yield Problem(path, f"must be a table of sections, not {toml_text(value)}")
     elif table_of(field.annotation) is not None:
         yield Problem(path, f"= {toml_text(value)}: must be a table, [{path}]")
     else:
@@ -85,12 +86,12 @@ def _translated(entry: Any) -> Iterator[Problem]:
         yield Problem(path, f"= {toml_text(value)}: must be {allowed_words(field)}{near}")
 
 
-def _field_at(location: Sequence[int | str]) -> tuple[str, FieldInfo | None]:
+def _field_at(location: Sequence[int | str], root: type[Section]) -> tuple[str, FieldInfo | None]:
     """Return the longest prefix of a location that is a key, and its field.
 
     What follows are places inside a value or names of a union's members.
     """
-    section: type[Section] | None = Recipe
+    section: type[Section] | None = root
     names: list[str] = []
     field: FieldInfo | None = None
     for part in location:
@@ -107,10 +108,10 @@ def _dotted(location: Sequence[int | str]) -> str:
     return ".".join(str(part) for part in location)
 
 
-def _nearest(path: str) -> str:
+def _nearest(path: str, root: type[Section]) -> str:
     """Return what the writer of an unknown key may have meant."""
     parent, _, name = path.rpartition(".")
-    every = list(known_paths())
+    every = list(known_paths(root))
     siblings = [one for one in every if one.rpartition(".")[0] == parent]
     near = nearest_name(name, [one.rpartition(".")[2] for one in siblings])
     if near:

@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from alignfed.config.compare import AblateSection, CompareSection
 from alignfed.config.data import DataSection
+from alignfed.config.deploy import DeploySection
 from alignfed.config.document import write_recipe
 from alignfed.config.fleet import FleetSection
 from alignfed.config.model import LoraSection, ModelSection
@@ -48,6 +49,7 @@ class Recipe(Section):
     evaluation: EvaluationSection = table(EvaluationSection, "How versions are scored.")
     compare: CompareSection = table(CompareSection, "What a comparison of rules holds fixed.")
     ablate: AblateSection = table(AblateSection, "The regimes of an ablation.")
+    deploy: DeploySection = table(DeploySection, "What a deployed server is given of its own.")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:

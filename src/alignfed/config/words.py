@@ -101,17 +101,22 @@ def _range(metadata: Sequence[Any]) -> str:
     low, above = _limit(metadata, Ge, "ge"), _limit(metadata, Gt, "gt")
     high, below = _limit(metadata, Le, "le"), _limit(metadata, Lt, "lt")
     if low is not None and high is not None:
-        return f" from {low:g} to {high:g}" if high < 1e6 else f" from {low:g} to {high}"
+        return f" from {_plain(low)} to {_plain(high)}"
     parts = []
     if low is not None:
-        parts.append(f"of at least {low:g}")
+        parts.append(f"of at least {_plain(low)}")
     if above is not None:
-        parts.append(f"above {above:g}")
+        parts.append(f"above {_plain(above)}")
     if high is not None:
-        parts.append(f"of at most {high:g}")
+        parts.append(f"of at most {_plain(high)}")
     if below is not None:
-        parts.append(f"below {below:g}")
+        parts.append(f"below {_plain(below)}")
     return " " + " and ".join(parts) if parts else ""
+
+
+def _plain(limit: float) -> str:
+    """Return a limit without an exponent where it is a whole number."""
+    return str(limit) if isinstance(limit, int) else f"{limit:g}"
 
 
 def _limit(metadata: Sequence[Any], kind: type[Any], attribute: str) -> Any:

@@ -80,18 +80,17 @@ def check_origin(
         server_version: the current version.
         versions: the versions whose adapters are still held.
     """
-    if not known_client:
-        return Rejection(
-            RejectReason.UNKNOWN_CLIENT, f"client {update.client_id} has never joined this run"
-        )
-    if in_flight is None:
-        return _not_awaited(update.task_id, expired, next_task_id)
-    if in_flight.client_id != update.client_id:
-        return Rejection(
-            RejectReason.WRONG_CLIENT,
-            f"task {update.task_id} was given to client {in_flight.client_id},"
-            f" not to client {update.client_id}",
-        )
+    rejection = check_answer(
+        update.task_id,
+        update.client_id,
+        known_client=known_client,
+        in_flight=in_flight,
+        expired=expired,
+        next_task_id=next_task_id,
+    )
+    if rejection is not None:
+        return rejection
+    assert in_flight is not None
     if update.base_version > server_version:
         return Rejection(
             RejectReason.FUTURE_VERSION,
@@ -108,6 +107,30 @@ def check_origin(
             RejectReason.WRONG_VERSION,
             f"base_version={update.base_version}, but task {update.task_id} was dispatched"
             f" with version {in_flight.base_version}",
+        )
+    return None
+
+
+def check_answer(
+    task_id: int,
+    client_id: int,
+    *,
+    known_client: bool,
+    in_flight: Task | None,
+    expired: Container[int],
+    next_task_id: int,
+) -> Rejection | None:
+    """Check that a client may answer a task, before its answer is looked into; see above."""
+    if not known_client:
+        return Rejection(
+            RejectReason.UNKNOWN_CLIENT, f"client {client_id} has never joined this run"
+        )
+    if in_flight is None:
+        return _not_awaited(task_id, expired, next_task_id)
+    if in_flight.client_id != client_id:
+        return Rejection(
+            RejectReason.WRONG_CLIENT,
+            f"task {task_id} was given to client {in_flight.client_id}, not to client {client_id}",
         )
     return None
 

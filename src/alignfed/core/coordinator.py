@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from alignfed.core import admission, tasks
-from alignfed.core.adapter import Adapter, AdapterLayout, distance
+from alignfed.core.adapter import Adapter, distance, with_layout
 from alignfed.core.events import (
     ClientJoined,
     ClientLeft,
@@ -24,6 +24,7 @@ from alignfed.core.events import (
     TaskFailed,
     TimerFired,
     UpdateArrived,
+    UploadRefused,
 )
 from alignfed.core.instructions import (
     AppliedUpload,
@@ -138,23 +139,37 @@ class Coordinator:
         snapshot = state.snapshots.get(update.base_version)
         judged = self._judge(state, update, task, snapshot)
         refused = isinstance(judged, admission.Rejection)
-        settings, now_s = self.settings, event.time_s
+        now_s = event.time_s
         if task is not None and task.client_id == update.client_id:
             state.received += 1
             state.tokens += update.reported_tokens
-            tasks.end_task(state, settings, task, now_s, failed=refused)
+            tasks.end_task(state, self.settings, task, now_s, failed=refused)
         if isinstance(judged, admission.Rejection):
             state.rejections[judged.reason] += 1
             out.append(Reject(update.task_id, update.client_id, judged.reason, judged.detail))
         else:
             self._buffer(state, update, *judged, now_s)
+        self._after_answer(state, now_s, out)
+
+    def _on_upload_refused(
+        self, state: CoordinatorState, event: UploadRefused, out: list[Instruction]
+    ) -> None:
+        task = state.tasks.get(event.task_id)
+        if task is not None and task.client_id == event.client_id:
+            state.received += state.stopped is None
+            tasks.end_task(state, self.settings, task, event.time_s, failed=True)
+        state.rejections[event.reason] += 1
+        out.append(Reject(event.task_id, event.client_id, event.reason, event.detail))
+        self._after_answer(state, event.time_s, out)
+
+    def _after_answer(self, state: CoordinatorState, now_s: float, out: list[Instruction]) -> None:
+        stop = self.settings.stop
         if state.stopped is None:
             self._flush_if_complete(state, now_s, out)
-        if state.stopped is None:
-            if state.received >= settings.stop.max_uploads:
-                self._stop(state, now_s, StopReason.MAX_UPLOADS, out)
-            elif state.tokens >= settings.stop.max_tokens:
-                self._stop(state, now_s, StopReason.MAX_TOKENS, out)
+        if state.stopped is None and state.received >= stop.max_uploads:
+            self._stop(state, now_s, StopReason.MAX_UPLOADS, out)
+        elif state.stopped is None and state.tokens >= stop.max_tokens:
+            self._stop(state, now_s, StopReason.MAX_TOKENS, out)
 
     def _on_task_failed(
         self, state: CoordinatorState, event: TaskFailed, out: list[Instruction]
@@ -162,7 +177,8 @@ class Coordinator:
         task = state.tasks.get(event.task_id)
         if task is None or task.client_id != event.client_id:
             return
-        tasks.end_task(state, self.settings, task, event.time_s, failed=True)
+        # An upload that comes after all is late; nobody has answered the task.
+        tasks.expire(state, self.settings, task, event.time_s)
         if state.stopped is None:
             self._flush_if_complete(state, event.time_s, out)
 
@@ -247,8 +263,8 @@ class Coordinator:
         if (rejection := admission.check_shape(update, expected)) is not None:
             return rejection
         # From here on equal layouts are one object, so that nobody compares them again.
-        upload = _with_layout(update.adapter, expected)
-        adapter = _with_layout(exchange.complete(upload, sent), sent.layout)
+        upload = with_layout(update.adapter, expected)
+        adapter = with_layout(exchange.complete(upload, sent), sent.layout)
         update_norm = distance(adapter, sent)
         if (rejection := admission.check_numbers(update, update_norm, state.norms)) is not None:
             return rejection
@@ -344,7 +360,7 @@ class Coordinator:
             del state.snapshots[state.version]
         adapter = step.adapter
         if adapter.layout == state.adapter.layout:
-            adapter = _with_layout(adapter, state.adapter.layout)
+            adapter = with_layout(adapter, state.adapter.layout)
         state.version += 1
         state.adapter = adapter
         state.snapshots[state.version] = Snapshot(adapter)
@@ -388,16 +404,12 @@ class Coordinator:
         out.append(Stop(reason, state.version))
 
 
-def _with_layout(adapter: Adapter, layout: AdapterLayout) -> Adapter:
-    """Return an adapter of equal layout with the very same one."""
-    return adapter if adapter.layout is layout else Adapter(layout, adapter.buffers)
-
-
 _HANDLERS: dict[type, Callable[[Coordinator, CoordinatorState, Any, list[Instruction]], None]] = {
     RunStarted: Coordinator._on_run_started,
     ClientJoined: Coordinator._on_client_joined,
     ClientLeft: Coordinator._on_client_left,
     UpdateArrived: Coordinator._on_update_arrived,
+    UploadRefused: Coordinator._on_upload_refused,
     TaskFailed: Coordinator._on_task_failed,
     TimerFired: Coordinator._on_timer_fired,
     EvaluationFinished: Coordinator._on_evaluation_finished,

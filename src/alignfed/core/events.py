@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
+from alignfed.core.reasons import RejectReason
 from alignfed.core.update import Update
 from alignfed.core.value import value
 
@@ -43,6 +44,17 @@ class UpdateArrived:
 
 
 @value(frozen=True, slots=True)
+class UploadRefused:
+    """An upload came of which no update can be made: the driver says why it refuses it."""
+
+    time_s: float
+    task_id: int
+    client_id: int
+    reason: RejectReason
+    detail: str
+
+
+@value(frozen=True, slots=True)
 class TaskFailed:
     """A client reported, or the driver learned, that a task will not be finished."""
 
@@ -74,6 +86,7 @@ Event: TypeAlias = (
     | ClientJoined
     | ClientLeft
     | UpdateArrived
+    | UploadRefused
     | TaskFailed
     | TimerFired
     | EvaluationFinished

@@ -8,28 +8,9 @@ from enum import StrEnum
 from typing import TypeAlias
 
 from alignfed.core.adapter import Adapter
+from alignfed.core.reasons import RejectReason
 from alignfed.core.update import Task
 from alignfed.core.value import value
-
-
-class RejectReason(StrEnum):
-    """Why an upload was not accepted."""
-
-    UNKNOWN_CLIENT = "unknown_client"
-    UNKNOWN_TASK = "unknown_task"
-    TASK_USED = "task_used"
-    TASK_EXPIRED = "task_expired"
-    WRONG_CLIENT = "wrong_client"
-    FUTURE_VERSION = "future_version"
-    EVICTED_VERSION = "evicted_version"
-    WRONG_VERSION = "wrong_version"
-    WRONG_NAMES = "wrong_names"
-    WRONG_SHAPE = "wrong_shape"
-    WRONG_DTYPE = "wrong_dtype"
-    NOT_FINITE = "not_finite"
-    NO_EXAMPLES = "no_examples"
-    OUTLYING_NORM = "outlying_norm"
-    RUN_STOPPED = "run_stopped"
 
 
 class StopReason(StrEnum):
@@ -134,3 +115,17 @@ class Stop:
 
 
 Instruction: TypeAlias = Dispatch | Reject | Publish | Evaluate | SetTimer | Stop
+
+__all__ = [
+    "AppliedUpload",
+    "Dispatch",
+    "Evaluate",
+    "Instruction",
+    "Publish",
+    "Reject",
+    "RejectReason",
+    "ServerWork",
+    "SetTimer",
+    "Stop",
+    "StopReason",
+]

@@ -16,16 +16,15 @@ TEMPORARY_SUFFIX = ".tmp"
 """Ending of a file that is still being written; whoever finds one may delete it."""
 
 
-def write_atomically(
-    path: Path, write: Callable[[Path], None], *, sync_folder: bool = True
-) -> None:
-    """Let ``write`` fill a temporary file, force it to disk, then give it its name.
+def write_atomically(path: Path, write: Callable[[Path], None], *, synced: bool = True) -> None:
+    """Let ``write`` fill a temporary file, then give it its name.
 
     Args:
         path: the file.
         write: fills the file at the path it is given.
-        sync_folder: force the name to disk too; whoever writes many files may do that once, at
-            the end, with ``sync``.
+        synced: force contents and name to disk; whoever writes many files may do that at the end,
+            with ``sync`` for each and for their folder. Until then a power cut, though not the
+            death of the process, may leave half a file.
 
     Raises:
         JournalError: the disk is full, or the folder is missing or not writable.
@@ -33,9 +32,10 @@ def write_atomically(
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     with disk_errors(path):
         write(temporary)
-        sync(temporary)
+        if synced:
+            sync(temporary)
         temporary.replace(path)
-        if sync_folder:
+        if synced:
             sync(path.parent)
 
 

@@ -1,6 +1,7 @@
 """Adapters and tensors on disk: one safetensors file each, named by the checksum of its content.
 
-A file under its final name is complete; it is written once and never changed.
+A file under its final name is complete, unless a power cut came before ``sync``; it is written
+once and never changed.
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ class BlobStore:
             JournalError: it cannot be made.
         """
         with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            sync(folder.parent)
+            if not folder.is_dir():
+                folder.mkdir(parents=True, exist_ok=True)
+                sync(folder.parent)
         self._folder = folder
         # Only what this process wrote or verified is trusted; the rest is written again.
         self._intact: set[str] = set()
+        self._unsynced: set[str] = set()
         self._layouts: dict[str, AdapterLayout] = {}
 
     def write(self, adapters: Mapping[str, Adapter], tensors: Mapping[str, Tensor]) -> None:
@@ -48,18 +51,46 @@ class BlobStore:
         Raises:
             JournalError: the disk is full or not writable.
         """
-        new = {*adapters, *tensors} - self._intact
         for checksum, adapter in adapters.items():
-            if checksum in new:
-                buffers = {dtype_name(dtype): data for dtype, data in adapter.buffers.items()}
-                self._write(checksum, buffers, {"layout": _layout_text(adapter.layout)})
+            self.put_adapter(checksum, adapter)
         for checksum, tensor in tensors.items():
-            if checksum in new:
-                self._write(checksum, {"tensor": tensor}, {})
-        if new:
-            with disk_errors(self._folder):
-                sync(self._folder)
-        self._intact |= new
+            self.put_tensor(checksum, tensor)
+        self.sync({*adapters, *tensors})
+
+    def put_adapter(self, checksum: str, adapter: Adapter) -> None:
+        """Write an adapter that is not there; a power cut may undo it until ``sync``.
+
+        Raises:
+            JournalError: the disk is full or not writable.
+            AdapterError: a dtype outside those an adapter may hold.
+        """
+        if checksum not in self._intact:
+            buffers = {dtype_name(dtype): data for dtype, data in adapter.buffers.items()}
+            self._write(checksum, buffers, {"layout": _layout_text(adapter.layout)})
+
+    def put_tensor(self, checksum: str, tensor: Tensor) -> None:
+        """Write a tensor that is not there; a power cut may undo it until ``sync``.
+
+        Raises:
+            JournalError: the disk is full or not writable.
+        """
+        if checksum not in self._intact:
+            self._write(checksum, {"tensor": tensor}, {})
+
+    def sync(self, checksums: Iterable[str] | None = None) -> None:
+        """Force what was put to disk; all of it, or what is named.
+
+        Raises:
+            JournalError: the disk is full or fails.
+        """
+        wanted = self._unsynced if checksums is None else self._unsynced.intersection(checksums)
+        if not wanted:
+            return
+        with disk_errors(self._folder):
+            for checksum in wanted:
+                sync(self._path(checksum))
+            sync(self._folder)
+        self._unsynced = self._unsynced - wanted
 
     def adapter(self, checksum: str) -> Adapter:
         """Read one adapter; adapters of equal layout share one layout object.
@@ -93,6 +124,13 @@ class BlobStore:
 
         return self._read(checksum, build)
 
+    def size_bytes(self, checksum: str) -> int:
+        """Return the size of a file; 0 where it is missing."""
+        try:
+            return self._path(checksum).stat().st_size
+        except OSError:
+            return 0
+
     def collect(self, keep: Iterable[str]) -> None:
         """Delete every file that is not in ``keep``, unfinished ones included.
 
@@ -106,6 +144,7 @@ class BlobStore:
                 if (finished and path.stem not in kept) or path.name.endswith(TEMPORARY_SUFFIX):
                     path.unlink(missing_ok=True)
         self._intact &= kept
+        self._unsynced &= kept
 
     def _path(self, checksum: str) -> Path:
         return self._folder / f"{checksum}{_SUFFIX}"
@@ -119,7 +158,9 @@ class BlobStore:
             except SafetensorError as error:
                 raise OSError(str(error)) from error
 
-        write_atomically(self._path(checksum), save, sync_folder=False)
+        write_atomically(self._path(checksum), save, synced=False)
+        self._intact.add(checksum)
+        self._unsynced.add(checksum)
 
     def _read(
         self, checksum: str, build: Callable[[dict[str, Tensor], Mapping[str, str]], _T]

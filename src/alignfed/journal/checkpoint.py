@@ -14,10 +14,14 @@ from typing import Any
 from alignfed.errors import JournalError
 from alignfed.journal.blobs import BlobStore
 from alignfed.journal.codec import Codec, Encoded
-from alignfed.journal.database import DamagedError
+from alignfed.journal.database import DamagedError, Database
+from alignfed.journal.payloads import Payloads
 from alignfed.journal.rows import Row
 from alignfed.journal.schema import CheckpointRow
 from alignfed.journal.store import SqliteJournal
+
+KEPT_CHECKPOINTS = 2
+"""The newest, and one to fall back to should a file of the newest be damaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,9 @@ class Recovered:
 
 
 @dataclass(frozen=True, slots=True)
-class _Saved:
+class SavedCheckpoint:
+    """A checkpoint that is there; whether it is whole shows when it is read."""
+
     checkpoint_id: int
     row: CheckpointRow
 
@@ -53,16 +59,22 @@ class _Saved:
 class Checkpoints:
     """Writes a run's checkpoints and recovers from them."""
 
-    def __init__(self, journal: SqliteJournal, codec: Codec) -> None:
+    def __init__(
+        self, journal: SqliteJournal, codec: Codec, payloads: Payloads | None = None
+    ) -> None:
         """Use the journal's directory.
 
         Args:
             journal: just created, or opened and about to be recovered.
             codec: knows every class that the state holds.
+            payloads: what rows name and is kept in the same folder, if anything is.
         """
         self._journal = journal
         self._codec = codec
-        self._blobs = BlobStore(journal.directory.checkpoints)
+        self._payloads = payloads
+        self.blobs = (
+            BlobStore(journal.directory.checkpoints) if payloads is None else payloads.blobs
+        )
 
     def write(self, state: Any) -> None:
         """Commit all rows so far together with ``state``; when this returns, both are on disk.
@@ -70,17 +82,9 @@ class Checkpoints:
         Raises:
             JournalError: the state holds what the codec does not know, or the disk is full.
         """
-        encoded = self._codec.encode(state)
-        self._blobs.write(encoded.adapters, encoded.tensors)
-        self._journal.commit(
-            CheckpointRow(
-                seq=self._journal.seq,
-                adapters=tuple(encoded.adapters),
-                tensors=tuple(encoded.tensors),
-                state=zlib.compress(encoded.text.encode(), level=1),
-            )
-        )
-        self._collect()
+        self._journal.commit(put_checkpoint(state, self._journal.seq, self._codec, self.blobs))
+        self._drop_superfluous()
+        self.collect()
 
     def read_latest(self) -> tuple[int, Any] | None:
         """Return ``(seq, state)`` of the newest whole checkpoint; None where none was written.
@@ -88,7 +92,7 @@ class Checkpoints:
         Raises:
             JournalError: there are checkpoints and every one is damaged.
         """
-        saved = self._newest_whole([])
+        saved = self.newest_whole([])
         return None if saved is None else (saved[0].row.seq, saved[1])
 
     def recover(self, *, recipe_sha256: str | None = None) -> Recovered:
@@ -101,17 +105,9 @@ class Checkpoints:
             JournalError: the journal or every checkpoint is damaged, or the recipe is another.
         """
         journal = self._journal
-        begun_with = journal.meta["recipe_sha256"]
-        if recipe_sha256 is not None and recipe_sha256 != begun_with:
-            raise JournalError(
-                f"{journal.directory.root} was begun with another recipe (SHA-256"
-                f" {begun_with[:12]}, not {recipe_sha256[:12]}); resume it unchanged, or begin a"
-                " new run in another directory",
-                path=str(journal.directory.root),
-            )
-        journal.database.check_pages()
+        self.check(recipe_sha256)
         warnings: list[str] = []
-        found = self._newest_whole(warnings)
+        found = self.newest_whole(warnings)
         seq, checkpoint_id, state = 0, 0, None
         if found is not None:
             saved, state = found
@@ -125,19 +121,41 @@ class Checkpoints:
                 (seq,),
             )
         )
-        self._collect()
+        if self._payloads is not None:
+            self._payloads.load(journal.database, self.oldest_seq())
+        self.collect()
         return Recovered(state, seq, undone, tuple(warnings))
 
-    def _newest_whole(self, warnings: list[str]) -> tuple[_Saved, Any] | None:
-        checkpoints = [
-            _Saved(number, CheckpointRow(seq, _split(adapters), _split(tensors), state))
-            for number, seq, adapters, tensors, state in self._journal.database.query(
-                "SELECT id, seq, adapters, tensors, state FROM checkpoints ORDER BY id DESC"
+    def check(self, recipe_sha256: str | None) -> None:
+        """Check that the journal is whole and of the recipe that is given, if one is.
+
+        Raises:
+            JournalError: it is not.
+        """
+        journal = self._journal
+        begun_with = journal.meta["recipe_sha256"]
+        if recipe_sha256 is not None and recipe_sha256 != begun_with:
+            raise JournalError(
+                f"{journal.directory.root} was begun with another recipe (SHA-256"
+                f" {begun_with[:12]}, not {recipe_sha256[:12]}); resume it unchanged, or begin a"
+                " new run in another directory",
+                path=str(journal.directory.root),
             )
-        ]
+        journal.database.check_pages()
+
+    def newest_whole(self, warnings: list[str]) -> tuple[SavedCheckpoint, Any] | None:
+        """Return the newest whole checkpoint and its state; None where none was written.
+
+        Args:
+            warnings: is told of damaged ones, in words.
+
+        Raises:
+            JournalError: there are checkpoints and every one is damaged.
+        """
+        checkpoints = saved_checkpoints(self._journal.database)[::-1]
         for saved in checkpoints:
             try:
-                return saved, self._load(saved.row)
+                return saved, load_checkpoint(saved, self._codec, self.blobs)
             except DamagedError as error:
                 warnings.append(f"checkpoint at row {saved.row.seq} was passed over: {error}")
         if checkpoints:
@@ -149,26 +167,85 @@ class Checkpoints:
             )
         return None
 
-    def _load(self, row: CheckpointRow) -> Any:
-        try:
-            text = zlib.decompress(row.state).decode()
-        except (zlib.error, UnicodeDecodeError) as error:
-            raise DamagedError(f"its state cannot be decompressed: {error}") from error
-        return self._codec.decode(
-            Encoded(
-                text,
-                {checksum: self._blobs.adapter(checksum) for checksum in row.adapters},
-                {checksum: self._blobs.tensor(checksum) for checksum in row.tensors},
-            )
-        )
+    def collect(self) -> None:
+        """Delete every file that no checkpoint and no row that is to be replayed needs.
 
-    def _collect(self) -> None:
+        Raises:
+            JournalError: a file cannot be deleted.
+        """
         keep: set[str] = set()
-        for adapters, tensors in self._journal.database.query(
-            "SELECT adapters, tensors FROM checkpoints"
-        ):
-            keep.update(_split(adapters), _split(tensors))
-        self._blobs.collect(keep)
+        for saved in saved_checkpoints(self._journal.database):
+            keep.update(saved.row.adapters, saved.row.tensors)
+        if self._payloads is not None:
+            keep |= self._payloads.needed(self.oldest_seq())
+        self.blobs.collect(keep)
+
+    def _drop_superfluous(self) -> None:
+        """Keep the newest, and older ones as far back as ``Payloads`` reach, at a distance."""
+        database, payloads = self._journal.database, self._payloads
+        found = list(database.query("SELECT id, seq FROM checkpoints ORDER BY id"))
+        older = found[:-KEPT_CHECKPOINTS]
+        kept = set() if payloads is None else payloads.starts([seq for _, seq in older])
+        doomed = [(number,) for number, seq in older if seq not in kept]
+        if doomed:
+            with database.transaction() as connection:
+                connection.executemany("DELETE FROM checkpoints WHERE id = ?", doomed)
+
+    def oldest_seq(self) -> int:
+        """Return the last row that the oldest checkpoint covers; what follows can be replayed."""
+        (found,) = next(self._journal.database.query("SELECT MIN(seq) FROM checkpoints"))
+        return found or 0
+
+
+def put_checkpoint(state: Any, seq: int, codec: Codec, blobs: BlobStore) -> CheckpointRow:
+    """Force a state's adapters and tensors to disk; return the row that refers to them.
+
+    Raises:
+        JournalError: the state holds what the codec does not know, or the disk is full.
+    """
+    encoded = codec.encode(state)
+    blobs.write(encoded.adapters, encoded.tensors)
+    return CheckpointRow(
+        seq=seq,
+        adapters=tuple(encoded.adapters),
+        tensors=tuple(encoded.tensors),
+        state=zlib.compress(encoded.text.encode(), level=1),
+    )
+
+
+def saved_checkpoints(database: Database) -> list[SavedCheckpoint]:
+    """Return the checkpoints that are kept, oldest first.
+
+    Raises:
+        JournalError: the journal is damaged.
+    """
+    return [
+        SavedCheckpoint(number, CheckpointRow(seq, _split(adapters), _split(tensors), state))
+        for number, seq, adapters, tensors, state in database.query(
+            "SELECT id, seq, adapters, tensors, state FROM checkpoints ORDER BY id"
+        )
+    ]
+
+
+def load_checkpoint(saved: SavedCheckpoint, codec: Codec, blobs: BlobStore) -> Any:
+    """Return a checkpoint's state.
+
+    Raises:
+        DamagedError: it, or a file it needs, is missing or damaged.
+        JournalError: the codec does not know what it holds.
+    """
+    row = saved.row
+    try:
+        text = zlib.decompress(row.state).decode()
+    except (zlib.error, UnicodeDecodeError) as error:
+        raise DamagedError(f"its state cannot be decompressed: {error}") from error
+    return codec.decode(
+        Encoded(
+            text,
+            {checksum: blobs.adapter(checksum) for checksum in row.adapters},
+            {checksum: blobs.tensor(checksum) for checksum in row.tensors},
+        )
+    )
 
 
 def _split(checksums: str) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from alignfed.core import adapter, admission, compass, events, instructions, por
 from alignfed.core.adapter import Adapter
 from alignfed.core.aggregation import compared, fedasync, held, memory
 from alignfed.core.lora import factor, hetlora, product
+from alignfed.core.ports import AggregationRule
 from alignfed.errors import JournalError
 from alignfed.journal.decoder import Decoder
 from alignfed.journal.encoder import Encoder, field_names
@@ -35,6 +36,7 @@ CORE_CLASSES: tuple[type, ...] = (
     events.ClientJoined,
     events.ClientLeft,
     events.UpdateArrived,
+    events.UploadRefused,
     events.TaskFailed,
     events.TimerFired,
     events.EvaluationFinished,
@@ -173,3 +175,8 @@ class Codec:
                 )
             known[name] = (cls, names)
         return known
+
+
+def rule_state_class(rule: AggregationRule) -> type:
+    """Return the class of what a rule remembers between flushes, which a codec must know."""
+    return type(rule.init(Adapter.pack({})))

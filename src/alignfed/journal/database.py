@@ -10,6 +10,12 @@ from typing import Any
 
 from alignfed.errors import JournalError
 
+_LOG_BYTES = 8_000_000
+"""Size to which the write-ahead log is cut back once its content is in the database."""
+
+_FREE_PAGES, _FREE_SHARE = 256, 0.1
+"""Free pages, in number and as a share of all, up to which they wait to be used again."""
+
 
 class DamagedError(JournalError):
     """A file of the run's directory is missing or does not hold what was written."""
@@ -55,6 +61,7 @@ class Database:
                     # relies on that.
                     self._connection.execute("PRAGMA journal_mode=WAL")
                     self._connection.execute("PRAGMA synchronous=FULL")
+                    self._connection.execute(f"PRAGMA journal_size_limit={_LOG_BYTES}")
             except sqlite3.Error:
                 self._connection.close()
                 raise
@@ -94,6 +101,19 @@ class Database:
         problems = [row[0] for row in self.query("PRAGMA quick_check(1)")]
         if problems != ["ok"]:
             raise _damaged(self.path, problems[0])
+
+    def give_back_pages(self) -> None:
+        """Give free pages back to the disk, once there are many.
+
+        Raises:
+            JournalError: the file is damaged or cannot be written.
+        """
+        (free,) = next(self.query("PRAGMA freelist_count"))
+        (total,) = next(self.query("PRAGMA page_count"))
+        if free > max(_FREE_PAGES, total * _FREE_SHARE):
+            # As a script, because a lone statement is taken one step, which frees one page.
+            with sqlite_errors(self.path):
+                self._connection.executescript("PRAGMA incremental_vacuum")
 
     def merge_log(self) -> None:
         """Make one plain file of database and write-ahead log, readable on a read-only disk.

@@ -97,16 +97,16 @@ class RunReader:
             raise JournalError(
                 f"{root} holds no run: {path.name} is missing; check the path", path=str(root)
             )
-        self._database = Database(path, writable=False)
+        self.database = Database(path, writable=False)
         try:
-            self.meta = read_meta(self._database)
+            self.meta = read_meta(self.database)
         except JournalError:
-            self._database.close()
+            self.database.close()
             raise
 
     def close(self) -> None:
         """Close the journal."""
-        self._database.close()
+        self.database.close()
 
     def __enter__(self) -> RunReader:
         """Return itself; the block's end closes it."""
@@ -123,7 +123,7 @@ class RunReader:
             after: only rows with a greater ``seq``; to follow a run that is being written.
             name: only events or instructions of this type, or notes of this name.
         """
-        for *columns, body in self._database.query(
+        for *columns, body in self.database.query(
             "SELECT seq, time_s, kind, name, client_id, task_id, version, body FROM rows"
             " WHERE seq > ? AND (? IS NULL OR name = ?) ORDER BY seq",
             (after, name, name),
@@ -132,7 +132,7 @@ class RunReader:
 
     def uploads(self, outcome: str | None = None) -> Iterator[UploadRecord]:
         """Yield uploads in order of arrival, of one outcome or all."""
-        for *columns, body in self._database.query(
+        for *columns, body in self.database.query(
             "SELECT u.seq, u.task_id, u.client_id, base_version, arrived_s, num_examples, outcome,"
             " reason, detail, applied_version, staleness, weight, norm, body"
             " FROM uploads AS u JOIN rows AS r ON r.seq = u.seq"
@@ -143,12 +143,12 @@ class RunReader:
 
     def versions(self) -> Iterator[VersionRecord]:
         """Yield published versions in order."""
-        for *columns, notes in self._database.query("SELECT * FROM versions ORDER BY seq"):
+        for *columns, notes in self.database.query("SELECT * FROM versions ORDER BY seq"):
             yield VersionRecord(*(*columns, json.loads(notes)))
 
     def evaluations(self) -> Iterator[EvaluationRecord]:
         """Yield evaluations in order."""
-        for row in self._database.query("SELECT * FROM evaluations ORDER BY seq"):
+        for row in self.database.query("SELECT * FROM evaluations ORDER BY seq"):
             yield EvaluationRecord(*row)
 
     def cohorts(self) -> Iterator[tuple[int, ...]]:
@@ -158,7 +158,7 @@ class RunReader:
     def staleness_histogram(self) -> dict[int, int]:
         """Return applied uploads by staleness, least stale first."""
         return dict(
-            self._database.query(
+            self.database.query(
                 "SELECT staleness, COUNT(*) FROM uploads WHERE outcome = 'applied'"
                 " GROUP BY staleness ORDER BY staleness"
             )
@@ -167,7 +167,7 @@ class RunReader:
     def participation(self) -> dict[int, int]:
         """Return accepted uploads of every client that ever joined, by client id; also zeros."""
         return dict(
-            self._database.query(
+            self.database.query(
                 "SELECT joined.client_id, COUNT(uploads.seq) FROM"
                 " (SELECT DISTINCT client_id FROM rows WHERE name = 'ClientJoined') AS joined"
                 " LEFT JOIN (SELECT seq, client_id FROM uploads WHERE outcome != 'rejected')"
@@ -179,7 +179,7 @@ class RunReader:
     def rejections(self) -> dict[str, int]:
         """Return refused uploads by reason, in alphabetical order."""
         return dict(
-            self._database.query(
+            self.database.query(
                 "SELECT reason, COUNT(*) FROM uploads WHERE outcome = 'rejected'"
                 " GROUP BY reason ORDER BY reason"
             )
@@ -188,12 +188,12 @@ class RunReader:
     def outcomes(self) -> dict[str, int]:
         """Return uploads by outcome, in alphabetical order."""
         return dict(
-            self._database.query(
+            self.database.query(
                 "SELECT outcome, COUNT(*) FROM uploads GROUP BY outcome ORDER BY outcome"
             )
         )
 
     def last(self) -> tuple[int, float]:
         """Return the last committed row's ``(seq, time_s)``; ``(0, 0.0)`` before the first."""
-        found = list(self._database.query("SELECT seq, time_s FROM rows ORDER BY seq DESC LIMIT 1"))
+        found = list(self.database.query("SELECT seq, time_s FROM rows ORDER BY seq DESC LIMIT 1"))
         return found[0] if found else (0, 0.0)

@@ -24,6 +24,7 @@ from alignfed.core.events import (
     TaskFailed,
     TimerFired,
     UpdateArrived,
+    UploadRefused,
 )
 from alignfed.core.instructions import (
     Dispatch,
@@ -126,7 +127,7 @@ def encode_mapping(mapping: Mapping[str, Any]) -> str:
 
 def integer(value: object) -> int | None:
     """Return a whole number that fits a column, or None for anything else."""
-    if type(value) is int and -_MAX_INTEGER <= value <= _MAX_INTEGER:
+    if type(value) is int and -_MAX_INTEGER - 1 <= value <= _MAX_INTEGER:
         return value
     return None
 
@@ -172,6 +173,11 @@ def _evaluation_finished(event: EvaluationFinished) -> Fields:
     score = "null" if event.score is None else _number(event.score)
     body = f'{{"loss":{_number(event.loss)},"score":{score}}}'
     return ("EvaluationFinished", None, None, event.version, body)
+
+
+def _upload_refused(event: UploadRefused) -> Fields:
+    body = f'{{"reason":"{event.reason.value}","detail":{_encode_json(text(event.detail))}}}'
+    return ("UploadRefused", integer(event.client_id), integer(event.task_id), None, body)
 
 
 def _task_failed(event: TaskFailed) -> Fields:
@@ -223,6 +229,7 @@ _ENCODERS: dict[type, Callable[[Any], Fields]] = {
     ClientLeft: lambda event: ("ClientLeft", event.client_id, None, None, "{}"),
     UpdateArrived: _update_arrived,
     TaskFailed: _task_failed,
+    UploadRefused: _upload_refused,
     TimerFired: lambda event: ("TimerFired", None, None, None, "{}"),
     EvaluationFinished: _evaluation_finished,
     Dispatch: _dispatch,

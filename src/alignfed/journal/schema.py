@@ -18,9 +18,6 @@ from alignfed.journal.database import Database, sqlite_errors
 FORMAT = 1
 """Version of the tables."""
 
-KEPT_CHECKPOINTS = 2
-"""The newest, and one to fall back to should a file of the newest be damaged."""
-
 TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE rows (
@@ -64,12 +61,14 @@ class RunMeta:
         recipe_sha256: SHA-256 of the resolved recipe.
         seed: the run's seed.
         inputs: fingerprints of what it reads from outside, as a JSON object.
+        replay: what a replay must know besides recipe and rows (``facts.py``), likewise.
     """
 
     alignfed_version: str
     recipe_sha256: str
     seed: int
     inputs: str = "{}"
+    replay: str = "{}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +88,10 @@ class CheckpointRow:
     state: bytes
 
 
-def make_tables(path: Path, meta: RunMeta) -> None:
-    """Make a new journal file with what the run is; it is left to the caller to force to disk.
+def make_tables(path: Path, meta: RunMeta, first: CheckpointRow | None = None) -> None:
+    """Make a new journal file with what the run is, and perhaps a first checkpoint.
+
+    It is left to the caller to force it to disk.
 
     Raises:
         JournalError: it cannot be written.
@@ -99,11 +100,15 @@ def make_tables(path: Path, meta: RunMeta) -> None:
     with sqlite_errors(path):
         connection = sqlite3.connect(path)
         try:
-            connection.executescript(f"PRAGMA synchronous=OFF; BEGIN; {TABLES}")
+            # Pages set free can be given back to the disk, though only when somebody asks.
+            pragmas = "PRAGMA synchronous=OFF; PRAGMA auto_vacuum=INCREMENTAL"
+            connection.executescript(f"{pragmas}; BEGIN; {TABLES}")
             entries = {"format": FORMAT, **asdict(meta)}
             connection.executemany(
                 "INSERT INTO meta VALUES (?, ?)", [(k, str(v)) for k, v in entries.items()]
             )
+            if first is not None:
+                insert_checkpoint(connection, first, 0.0)
             connection.commit()
         finally:
             connection.close()
@@ -131,7 +136,7 @@ def read_meta(database: Database) -> dict[str, str]:
 def insert_checkpoint(
     connection: sqlite3.Connection, checkpoint: CheckpointRow, wall_time_s: float
 ) -> None:
-    """Add a checkpoint; drop what it makes superfluous."""
+    """Add a checkpoint; forget what was undone before it."""
     connection.execute(
         "INSERT INTO checkpoints (seq, adapters, tensors, state, wall_time_s)"
         " VALUES (?, ?, ?, ?, ?)",
@@ -142,10 +147,5 @@ def insert_checkpoint(
             checkpoint.state,
             wall_time_s,
         ),
-    )
-    connection.execute(
-        "DELETE FROM checkpoints WHERE id NOT IN"
-        " (SELECT id FROM checkpoints ORDER BY id DESC LIMIT ?)",
-        (KEPT_CHECKPOINTS,),
     )
     connection.execute("DELETE FROM undone WHERE seq <= ?", (checkpoint.seq,))

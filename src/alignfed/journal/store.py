@@ -20,6 +20,7 @@ from alignfed.journal import derived, rows, schema
 from alignfed.journal.atomic import write_atomically
 from alignfed.journal.database import Database
 from alignfed.journal.directory import RunDirectory
+from alignfed.journal.facts import read_facts
 from alignfed.journal.lock import DirectoryLock
 from alignfed.journal.metrics import MetricsLog
 
@@ -78,11 +79,14 @@ class SqliteJournal:
         self._waiting: list[tuple[Any, ...]] = []
         self._waiting_chars = 0
         self.seq = 0
+        self.keeps_payloads = False
         self._lock = DirectoryLock(self.directory.lock)
         try:
             self.database = Database(self.directory.journal, writable=True)
             try:
                 self.meta = schema.read_meta(self.database)
+                facts = read_facts(self.meta)
+                self.keeps_payloads = facts is not None and facts.keep_payloads
             except BaseException:
                 self.database.close()
                 raise
@@ -91,8 +95,21 @@ class SqliteJournal:
             raise
 
     @classmethod
-    def create(cls, root: Path, meta: schema.RunMeta, **options: Any) -> SqliteJournal:
+    def create(
+        cls,
+        root: Path,
+        meta: schema.RunMeta,
+        *,
+        first: Callable[[RunDirectory], schema.CheckpointRow] | None = None,
+        **options: Any,
+    ) -> SqliteJournal:
         """Begin a run's journal in ``root``, made if missing; options as for the constructor.
+
+        Args:
+            root: the run's directory.
+            meta: what the run is.
+            first: puts the files of a first checkpoint into the directory and returns its row.
+            options: as for the constructor.
 
         Raises:
             JournalError: the directory holds a run already, is in use, or cannot be written.
@@ -111,15 +128,23 @@ class SqliteJournal:
                     f"{root} already holds a run; resume it, or choose another directory",
                     path=str(root),
                 )
-            write_atomically(directory.journal, lambda path: schema.make_tables(path, meta))
+            row = None if first is None else first(directory)
+            write_atomically(directory.journal, lambda path: schema.make_tables(path, meta, row))
         finally:
             lock.release()
         journal = cls(root, **options)
-        journal.cut(0)
+        journal.cut(0, checkpoint_id=0 if first is None else 1)
         return journal
 
-    def record(self, event: Event, instructions: Sequence[Instruction]) -> None:
+    def record(
+        self, event: Event, instructions: Sequence[Instruction], *, payload: str | None = None
+    ) -> None:
         """Append an event and the instructions it led to.
+
+        Args:
+            event: what happened.
+            instructions: what it led to.
+            payload: checksum of an upload that was kept.
 
         Raises:
             JournalError: not cut back yet or closed, an unknown type, or the disk is full.
@@ -131,7 +156,9 @@ class SqliteJournal:
         if isinstance(event, UpdateArrived):
             refused = derived.find_refusal(first, event, instructions)
             # A refused upload is never hashed: it may be huge, or not what it claims to be.
-            if self._checksums and refused is None:
+            if payload is not None:
+                fields = rows.with_checksum(fields, payload)
+            elif self._checksums and refused is None:
                 fields = rows.with_checksum(fields, event.update.adapter.checksum)
         new = [(first, time_s, "event", *fields, wall)]
         chars, seq = len(fields[4]), first

@@ -29,12 +29,13 @@ class RunFacts:
         applied: applied uploads in order.
         rejections: refused uploads by reason.
         scorer: what ``base_score`` and ``final_score`` measure.
-        base_loss: loss of version 0 on the common evaluation set, in nats.
+        base_loss: loss of version 0 on the common evaluation set, in nats (None: there is no
+            such set).
         final_loss: the same of the final version.
         base_score: score of version 0, in [0, 1].
         final_score: score of the final version, in [0, 1].
         client_losses: final loss on each client's own held-out slice, in nats.
-        virtual_time_s: virtual time at the end.
+        virtual_time_s: the driver's clock at the end: virtual, or on real devices seconds.
         synchronous_time_s: virtual time of a synchronous FedAvg doing as many uploads on the
             same device trace, by the clock alone.
         server_version: the final version.
@@ -48,8 +49,8 @@ class RunFacts:
     applied: Sequence[UploadFact]
     rejections: Mapping[str, int]
     scorer: str
-    base_loss: float
-    final_loss: float
+    base_loss: float | None
+    final_loss: float | None
     base_score: float | None
     final_score: float | None
     client_losses: Mapping[int, float]

@@ -101,11 +101,25 @@ class EngineState:
     idle_events: int = 0
 
 
+@dataclass(slots=True)
+class RunState:
+    """What a checkpoint holds: the engine, and the real time spent so far.
+
+    Attributes:
+        engine: the engine's state.
+        wall_time_s: real seconds.
+    """
+
+    engine: EngineState
+    wall_time_s: float
+
+
 CHECKPOINTED: tuple[type[Any], ...] = (
     UploadDue,
     TaskLost,
     AvailabilityChanged,
     RunningTask,
     EngineState,
+    RunState,
 )
-"""What a checkpoint of an engine holds besides the core's own types."""
+"""What a simulation's checkpoint holds besides the core's own types."""

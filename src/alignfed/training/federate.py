@@ -200,6 +200,70 @@ def federate_files(
     )
 
 
+def own_client(
+    name: str,
+    client_id: int,
+    data: DataSettings,
+    template: TemplateSettings,
+) -> tuple[ClientData, tuple[str, ...]]:
+    """Return one client that holds what ``data.path`` names, and a classifier's classes.
+
+    Nobody else's data is known here: evaluation and calibration are the server's, and keeping them
+    apart from this client's examples is up to those who collect them.
+
+    Raises:
+        DataError: files, columns or values that do not fit, too few examples, or a classifier
+            whose classes the recipe does not name.
+    """
+    if data.label_column is not None and data.label_names is None:
+        raise DataError(
+            "a classifier's devices must agree on its classes; name them all in data.label_names"
+        )
+    path = Path(data.path).expanduser()
+    records: Sequence[Record] = _pool(path, data) if path.is_dir() else read_file(path)
+    records = _exploded(records, data, name) or ()
+    formatter = make_formatter(data, template, records)
+    examples = formatter(records, name)
+    order = generator(data.seed, "held-out", client_id).permutation(len(examples))
+    order = order[: data.max_examples_per_client]
+    count = _held_out_count(len(order), data)
+    kept = tuple(examples[row] for row in order[:count])
+    taken = content_keys(kept)
+    train = tuple(examples[row] for row in order[count:] if content_key(examples[row]) not in taken)
+    if not train:
+        raise DataError(
+            f"{path} leaves {name} nothing to train on: it holds {len(examples)} examples, of which"
+            f" {len(kept)} are held out; add examples or lower data.held_out_fraction",
+            path=str(path),
+        )
+    return ClientData(name, train, kept), formatter.label_names
+
+
+def server_examples(
+    path: Path, source: str, data: DataSettings, template: TemplateSettings
+) -> list[Example]:
+    """Return the examples in a file of the server's own, each content once.
+
+    Args:
+        path: the file.
+        source: what it is, for errors.
+        data: column of labels and their names, and of what is to be exploded.
+        template: how a record becomes text.
+
+    Raises:
+        DataError: files, columns or values that do not fit, or a classifier whose classes the
+            recipe does not name.
+    """
+    if data.label_column is not None and data.label_names is None:
+        raise DataError(
+            "server and devices must agree on a classifier's classes; name them all in"
+            " data.label_names"
+        )
+    records = _exploded(read_file(path), data, source) or ()
+    examples = make_formatter(data, template, records)(records, source)
+    return list({content_key(one): one for one in examples}.values())
+
+
 def _assemble(
     holdings: Sequence[tuple[str, Sequence[Example]]],
     evaluation: Sequence[Example],

@@ -1,0 +1,1 @@
+"""A federated LoRA app for Flower; its clients know nothing of AlignFed."""
