@@ -10,7 +10,7 @@ STAMP := $(VENV)/installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test faults lint format clean
 
 help:  ## Show the targets.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,6 +20,9 @@ demo: $(STAMP)  ## Run the built-in federated fine-tuning, offline, from nothing
 
 test: lint  ## Run every check and the whole test suite, from nothing.
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(WORKERS)
+
+faults: $(STAMP)  ## Kill, cut off and attack real processes; a quarter of an hour.
+	ALIGNFED_FAULTS=all HF_HUB_OFFLINE=1 $(BIN)/pytest tests/faults
 
 lint: $(STAMP)  ## Run format, lint, type and import checks.
 	$(BIN)/ruff format --check .

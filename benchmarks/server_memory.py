@@ -42,7 +42,6 @@ from alignfed.flower.dialect import AlignFedDialect
 from alignfed.flower.driver import Driver, DriverParts, DriverSettings
 from alignfed.flower.members import FirstComeMembers
 from alignfed.flower.messages import TaskOrder, Uploads
-from alignfed.flower.pace import PaceSettings
 from alignfed.journal import DurableLog, RunMeta
 
 RANK = 16
@@ -150,7 +149,6 @@ def main() -> None:
             settings=DriverSettings(
                 start_clients=options.clients,
                 checkpoint_s=options.checkpoint_s,
-                pace=PaceSettings(uploads_per_minute=math.inf),
             ),
         )
         driver = Driver(parts, log.coordinator.initial_state(adapter), "memory", None)

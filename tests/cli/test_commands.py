@@ -27,11 +27,13 @@ class Recorder:
 
     def __init__(self, monkeypatch, raises=None, writes=None):
         self.calls = []
+        self.kept = []
         self.raises, self.writes = raises, writes
         monkeypatch.setattr(alignfed.api, "simulate", self.simulate)
         monkeypatch.setattr(alignfed.api, "resume", self.resume)
 
-    def simulate(self, recipe, directory, *, view):
+    def simulate(self, recipe, directory, *, view, keep_payloads=False):
+        self.kept.append(keep_payloads)
         self.calls.append((recipe, directory))
         if self.writes:
             directory.mkdir(parents=True)
@@ -129,6 +131,13 @@ def test_simulate_hands_the_overridden_recipe_on(monkeypatch, tmp_path):
     result = run("simulate", "--set", "seed=5", "--set", "lora.rank=2", "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert api.calls == [(default_recipe(["seed=5", "lora.rank=2"]), tmp_path / "out")]
+
+
+def test_simulate_hands_on_whether_payloads_are_kept(monkeypatch, tmp_path):
+    api = Recorder(monkeypatch)
+    for flags in ((), ("--keep-payloads",)):
+        assert run("simulate", *flags, "--out", tmp_path / "out").exit_code == 0
+    assert api.kept == [False, True]
 
 
 def test_simulate_takes_a_new_directory_each_time(monkeypatch, tmp_path):

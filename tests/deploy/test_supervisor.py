@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ import time
 import pytest
 
 from alignfed.deploy.loglines import BoundedLog, LogKeeper
+from alignfed.deploy.processes import connected_to
 from alignfed.deploy.records import read_json
 from alignfed.deploy.session import marked_processes
 from alignfed.deploy.supervisor import Program, Supervisor
@@ -159,3 +161,45 @@ def test_running_ends_when_it_is_told_to(supervisor, tmp_path):
     threading.Timer(0.5, stop.set).start()
     supervisor.run(stop)
     assert supervisor.running["sleeper"].alive
+
+
+def test_a_program_that_says_it_has_given_up_is_started_again(supervisor, tmp_path):
+    script = "echo working; sleep 0.3; echo 'I have given up'; sleep 1000"
+    supervisor.start([shell("stands", script, tmp_path, gives_up_with="given up")])
+    first = supervisor.running["stands"].process.pid
+
+    def again():
+        supervisor.poll()
+        return supervisor.running["stands"].restarts == 1
+
+    until(again)
+    assert supervisor.running["stands"].process.pid != first
+    assert supervisor.running["stands"].last_exit == -signal.SIGTERM
+
+
+def test_a_program_without_a_pulse_is_started_again_and_one_with_a_pulse_is_left(tmp_path):
+    now = [0.0]
+    keeper = Supervisor(LogKeeper(tmp_path, 10_000, 2), tmp_path / "p.json", lambda: now[0])
+    try:
+        keeper.start(
+            [
+                shell("dead", "sleep 1000", tmp_path, pulse=lambda pid: False),
+                shell("alive", "sleep 1000", tmp_path, pulse=lambda pid: now[0] % 60 < 5),
+            ]
+        )
+        for second in range(0, 180, 4):
+            now[0] = float(second)
+            keeper.poll()
+        assert keeper.running["alive"].restarts == 0
+        assert keeper.running["dead"].restarts == 1
+    finally:
+        keeper.stop()
+
+
+def test_a_connection_is_the_pulse_of_a_supernode(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        pulse = connected_to(listener.getsockname()[1])
+        assert not pulse(os.getpid())
+        with socket.create_connection(listener.getsockname()):
+            assert pulse(os.getpid())
+        assert not pulse(2**22 + 1)

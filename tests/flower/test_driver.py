@@ -429,3 +429,12 @@ def test_a_revoked_node_is_refused_at_once(tmp_path: Path) -> None:
         assert dict(reader.rejections())["unknown_client"] == 1
     assert 0 not in applied
     assert len([1 for node, _ in server.grid.pushed if node == 100]) == 1
+
+
+def test_uploads_that_were_asked_for_are_taken_however_fast_they_come(tmp_path: Path) -> None:
+    settings = DriverSettings(start_clients=1, pace=PaceSettings(uploads_per_minute=2.0))
+    devices = {100: FakeDevice(takes_s=0.1)}
+    server = serve(
+        tmp_path, devices, make_coordinator(uploads=40, concurrency=1), settings=settings
+    )
+    assert reasons(server.run()) == {}

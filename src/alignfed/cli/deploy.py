@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from alignfed.cli.refusal import refusing
+from alignfed.cli.refusal import refusing, require_deploy_extra
 
 if TYPE_CHECKING:
     from alignfed.deploy.directory import ServerDirectory
@@ -30,6 +29,13 @@ deploy_app = typer.Typer(
     "channel, and there run [b]alignfed deploy device phone-1[/b]. Watch it with "
     "[b]alignfed deploy status fl[/b]. To try it all on one machine: [b]alignfed up[/b].",
 )
+
+
+@deploy_app.callback()
+@refusing
+def _root() -> None:
+    require_deploy_extra()
+
 
 ServerArgument = Annotated[
     Path, typer.Argument(metavar="DIR", help="The server's directory, made by deploy init.")
@@ -199,19 +205,20 @@ def server(directory: ServerArgument) -> None:
     and the metrics listen on loopback.
     """
     from alignfed.deploy.server import ServerHost
+    from alignfed.deploy.supervisor import stop_on_signals
     from alignfed.deploy.thin_app import write_app
 
     made, settings = _server(directory)
-    stop = _stop_on_signals()
-    host = ServerHost(made, settings, write_app(made.app), adopts=True)
-    try:
-        host.start()
-        typer.echo(
-            f"serving on {settings.bind}:{settings.port}; alignfed deploy status {made.root}"
-        )
-        host.run(stop)
-    finally:
-        host.stop()
+    with stop_on_signals() as stop:
+        host = ServerHost(made, settings, write_app(made.app), adopts=True)
+        try:
+            host.start()
+            typer.echo(
+                f"serving on {settings.bind}:{settings.port}; alignfed deploy status {made.root}"
+            )
+            host.run(stop)
+        finally:
+            host.stop()
     typer.echo("the run is complete" if host.completed else "stopped; start it again to go on")
 
 
@@ -237,20 +244,23 @@ def device(
     from alignfed.deploy.directory import DeviceDirectory
     from alignfed.deploy.host import DeviceHost
     from alignfed.deploy.settings import load_device_settings
+    from alignfed.deploy.supervisor import stop_on_signals
 
     made = DeviceDirectory(directory)
     settings = load_device_settings(made.settings)
     if unit:
         typer.echo(f"{write_device_unit(made)} written; install it with: systemctl enable --now")
         return
-    stop = _stop_on_signals()
-    host = DeviceHost(made, settings, adopts=True)
-    try:
-        host.start()
-        typer.echo(f"{settings.name} dials {settings.server}; alignfed deploy status {made.root}")
-        host.run(stop)
-    finally:
-        host.stop()
+    with stop_on_signals() as stop:
+        host = DeviceHost(made, settings, adopts=True)
+        try:
+            host.start()
+            typer.echo(
+                f"{settings.name} dials {settings.server}; alignfed deploy status {made.root}"
+            )
+            host.run(stop)
+        finally:
+            host.stop()
     typer.echo("stopped; unfinished work is given up, finished work is kept")
 
 
@@ -312,14 +322,6 @@ def _server(root: Path) -> tuple[ServerDirectory, ServerSettings]:
 
     directory = ServerDirectory(root)
     return directory, load_server_settings(directory.settings)
-
-
-def _stop_on_signals() -> threading.Event:
-    from alignfed.deploy.supervisor import interrupting
-
-    stop = threading.Event()
-    interrupting(stop)
-    return stop
 
 
 def _text_of(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 import re
 from collections.abc import Callable
@@ -14,13 +15,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 
-from alignfed.errors import AlignFedError
+from alignfed.errors import AlignFedError, DeploymentError
 
 REFUSED = 2
 """Exit code of a refusal; click uses the same for wrong arguments."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells give it: 128 + SIGINT."""
+
+_DEPLOY_EXTRA = ("aiohttp", "cryptography", "flwr", "prometheus_client", "psutil")
 
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
@@ -52,6 +55,21 @@ def refusing(command: Callable[_Parameters, _Result]) -> Callable[_Parameters, _
     # Help keeps a docstring's line breaks; paragraphs are to flow.
     wrapped.__doc__ = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(command) or "")
     return wrapped
+
+
+def require_deploy_extra() -> None:
+    """Refuse where the packages of the extra ``deploy`` are not installed.
+
+    Raises:
+        DeploymentError: some are missing.
+    """
+    missing = [name for name in _DEPLOY_EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise DeploymentError(
+            f"{', '.join(missing)} not installed; real devices need the extra: pip install"
+            " 'alignfed[deploy]'",
+            missing=missing,
+        )
 
 
 def show_refusal(error: AlignFedError) -> None:

@@ -46,8 +46,8 @@ def replay(
     Nothing is trained, and neither model nor data is needed: uploads, evaluations and the
     calibration set's answers come from the directory, which is only read.
 
-    It begins at the oldest checkpoint kept: the start of the run with [b]--keep-payloads[/b],
-    else the last but one.
+    It begins at the oldest checkpoint kept: the start of a run that keeps its payloads, else one
+    not long before the end.
 
     The first difference ends it with exit code 1, and with what was expected and what came.
     """

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shlex
-import threading
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from alignfed.cli.refusal import INTERRUPTED, refusing
+from alignfed.cli.refusal import INTERRUPTED, refusing, require_deploy_extra
 
 
 @refusing
@@ -40,6 +39,14 @@ def up(
             "interrupted goes on.",
         ),
     ] = None,
+    encoding: Annotated[
+        str,
+        typer.Option(
+            metavar="fp32|bf16|fp16|int8",
+            help="Numbers of an adapter on the wire. Loopback costs nothing, so nothing is rounded "
+            "unless you ask for it.",
+        ),
+    ] = "fp32",
     overrides: Annotated[
         list[str] | None,
         typer.Option(
@@ -56,22 +63,22 @@ def up(
     flight at most; DIR/recipe.toml says so, and [b]alignfed simulate DIR/recipe.toml[/b] is its
     counterpart on a virtual clock. Ctrl-C ends every process; the same command goes on.
     """
+    require_deploy_extra()
     from alignfed.cli.view import RunView, UnheardConsole
     from alignfed.config import default_recipe, load_recipe
-    from alignfed.deploy.supervisor import interrupting
+    from alignfed.deploy.supervisor import stop_on_signals
     from alignfed.deploy.up import recipe_for, run_up
 
     changes = overrides or []
     loaded = load_recipe(recipe, changes) if recipe is not None else default_recipe(changes)
     fitted = recipe_for(loaded, devices)
     directory = out if out is not None else _new_directory(loaded.name)
-    stop = threading.Event()
-    interrupting(stop)
     view = RunView(UnheardConsole())
-    try:
-        result = run_up(fitted, directory, devices, view, stop, adopts=True)
-    finally:
-        view.close()
+    with stop_on_signals() as stop:
+        try:
+            result = run_up(fitted, directory, devices, view, stop, encoding=encoding, adopts=True)
+        finally:
+            view.close()
     if result.summary is None:
         again = f"alignfed up --devices {devices} --out {shlex.quote(str(directory))}"
         typer.echo(

@@ -82,6 +82,8 @@ class LogKeeper:
         self._lock = threading.Lock()
         self._logs: dict[str, BoundedLog] = {}
         self._lines: dict[str, deque[str]] = {}
+        self._phrases: dict[str, str | None] = {}
+        self._heard: set[str] = set()
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._selector.register(self._wake_read, selectors.EVENT_READ, None)
@@ -89,10 +91,14 @@ class LogKeeper:
         self._thread = threading.Thread(target=self._read, name="logs", daemon=True)
         self._thread.start()
 
-    def pipe(self, name: str) -> int:
+    def pipe(self, name: str, phrase: str | None = None) -> int:
         """Return the descriptor that a process called ``name`` is to print to.
 
         The caller closes it once the process has started.
+
+        Args:
+            name: of the process.
+            phrase: words to look out for (``heard``) until the next pipe of this name.
         """
         reading, writing = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(reading, False)
@@ -101,6 +107,8 @@ class LogKeeper:
                 name, BoundedLog(self._folder / f"{name}.log", self._size_bytes, self._files)
             )
             self._lines.setdefault(name, deque(maxlen=LAST_LINES))
+            self._phrases[name] = phrase
+            self._heard.discard(name)
             self._selector.register(reading, selectors.EVENT_READ, (name, bytearray()))
         os.write(self._wake_write, b".")
         return writing
@@ -109,6 +117,11 @@ class LogKeeper:
         """Return the last lines a process printed, oldest first."""
         with self._lock:
             return list(self._lines.get(name, ()))
+
+    def heard(self, name: str) -> bool:
+        """Return whether a process said what was looked out for."""
+        with self._lock:
+            return name in self._heard
 
     def close(self) -> None:
         """Read what is still in the pipes, then close everything."""
@@ -150,5 +163,9 @@ class LogKeeper:
             partial += data
             *lines, rest = bytes(partial).split(b"\n")
             partial[:] = rest[-4096:]
-            self._lines[name].extend(line.decode("utf-8", "replace") for line in lines)
+            said = [line.decode("utf-8", "replace") for line in lines]
+            self._lines[name].extend(said)
+            phrase = self._phrases[name]
+            if phrase is not None and any(phrase in line for line in said):
+                self._heard.add(name)
         return True

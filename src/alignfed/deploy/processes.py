@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import psutil
 
 from alignfed.deploy.directory import (
     DEVICE_DIRECTORY,
@@ -26,6 +29,13 @@ SUPEREXEC = "superexec"
 SUPERNODE = "supernode"
 TRAINER = "trainer"
 CLIENT = "client"
+
+GAVE_UP = "SSL/TLS handshake error detected."
+"""What Flower 1.41 says of a broken handshake, which it takes for a wrong certificate.
+
+Its SuperNode stops working then, while its process stands. A line that is cut at the wrong moment
+looks just so.
+"""
 
 _FLOWER = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -170,7 +180,26 @@ def supernode_program(
         ),
         folder,
         _device_environment(directory),
+        gives_up_with=GAVE_UP,
+        pulse=connected_to(int(settings.server.rpartition(":")[2])),
     )
+
+
+def connected_to(port: int) -> Callable[[int], bool]:
+    """Return a question about a process: has it a connection to this port of another?
+
+    A SuperNode asks for work every 3 s, or says every 20 s or so that it lives, and keeps the
+    connection for 5 s.
+    """
+
+    def asked(pid: int) -> bool:
+        with contextlib.suppress(psutil.Error):
+            for connection in psutil.Process(pid).net_connections("tcp"):
+                if connection.raddr and connection.raddr.port == port:
+                    return True
+        return False
+
+    return asked
 
 
 def listening(host: str, port: int) -> Callable[[], bool]:

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +33,8 @@ STILL_ONLINE = "Exit Code: 305"
 """What a SuperNode prints that was refused; the server may still take its former self for alive."""
 
 STILL_ONLINE_PAUSE_S = 10.0
+PULSE_EVERY_S = 2.0
+SILENCE_S = 90.0
 POLL_S = 0.2
 GRACE_S = 8.0
 
@@ -48,6 +50,10 @@ class Program:
         folder: where it runs.
         ready: whether it is up, asked until it says so; None: as soon as it has started.
         ready_within_s: how long that may take.
+        gives_up_with: words after which it does nothing more, though it stands; it is ended then,
+            and started again.
+        pulse: whether the process of an id shows life, asked every few seconds; one that shows none
+            for ``SILENCE_S`` is ended, and started again.
     """
 
     name: str
@@ -56,6 +62,8 @@ class Program:
     environment: Mapping[str, str] = field(default_factory=dict)
     ready: Callable[[], bool] | None = None
     ready_within_s: float = 60.0
+    gives_up_with: str | None = None
+    pulse: Callable[[int], bool] | None = None
 
 
 @dataclass(slots=True)
@@ -70,6 +78,8 @@ class Running:
     start_again_s: float | None = None
     last_exit: int | None = None
     last_error: str | None = None
+    pulse_s: float = 0.0
+    asked_s: float = 0.0
 
     @property
     def alive(self) -> bool:
@@ -131,6 +141,8 @@ class Supervisor:
             log_record("guardian_restarted")
         now_s = self._clock()
         for running in self._running.values():
+            if running.start_again_s is None and running.alive:
+                self._feel_pulse(running, now_s)
             if running.start_again_s is None and not running.alive:
                 self._note_exit(running, now_s)
             if running.start_again_s is not None and now_s >= running.start_again_s:
@@ -180,7 +192,7 @@ class Supervisor:
 
     def _launch(self, running: Running) -> None:
         program = running.program
-        writing = self._logs.pipe(program.name)
+        writing = self._logs.pipe(program.name, program.gives_up_with)
         try:
             running.process = subprocess.Popen(
                 program.command,
@@ -199,7 +211,7 @@ class Supervisor:
             ) from error
         finally:
             os.close(writing)
-        running.started_s = self._clock()
+        running.started_s = running.pulse_s = self._clock()
         running.start_again_s = None
         log_record("started", process=program.name, pid=running.process.pid)
 
@@ -224,6 +236,21 @@ class Supervisor:
                 f"{program.name} {happened}; its last lines:\n{self.last_words(program.name)}",
                 name=program.name,
             )
+
+    def _feel_pulse(self, running: Running, now_s: float) -> None:
+        """End a process that stands and does nothing."""
+        program, process = running.program, running.process
+        assert process is not None
+        why = "gave_up" if self._logs.heard(program.name) else None
+        if program.pulse is not None and now_s - running.asked_s >= PULSE_EVERY_S:
+            running.asked_s = now_s
+            if program.pulse(process.pid):
+                running.pulse_s = now_s
+            elif now_s - running.pulse_s > SILENCE_S:
+                why = "silent"
+        if why is not None:
+            log_record("ended_by_us", process=program.name, why=why)
+            _end([process], 2.0)
 
     def _note_exit(self, running: Running, now_s: float) -> None:
         assert running.process is not None
@@ -285,10 +312,17 @@ def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
             os.killpg(process.pid, number)
 
 
-def interrupting(stop: threading.Event) -> None:
-    """Make SIGTERM, SIGINT and SIGHUP set ``stop``; a second SIGINT changes nothing more.
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """Turn SIGTERM, SIGINT and SIGHUP into a set event for a while. In the main thread only.
 
-    To be called in the main thread.
+    However often they come: what they began must not be interrupted half way.
     """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: stop.set())
+    stop = threading.Event()
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

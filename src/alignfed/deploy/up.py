@@ -78,6 +78,7 @@ def run_up(
     view: ProgressView,
     stop: threading.Event,
     *,
+    encoding: str = "fp32",
     adopts: bool = False,
 ) -> UpResult:
     """Run a federation until its recipe is done or ``stop`` is set; then no process is left.
@@ -88,6 +89,7 @@ def run_up(
         devices: how many devices there are; device i is client i.
         view: watches the run.
         stop: set to interrupt.
+        encoding: numbers of an adapter on the wire; fp32 changes nothing of what is learned.
         adopts: as ``Supervisor`` has it.
 
     Raises:
@@ -99,7 +101,7 @@ def run_up(
     if resumed:
         recipe = _known(server, recipe, devices)
     else:
-        _make(place, server, recipe, devices)
+        _make(place, server, recipe, devices, encoding)
     settings = load_server_settings(server.settings)
     summary = _finished(place)
     if summary is not None:
@@ -147,7 +149,9 @@ def _go_on(
     return UpResult(place.root, summary)
 
 
-def _make(place: RunDirectory, server: ServerDirectory, recipe: Recipe, devices: int) -> None:
+def _make(
+    place: RunDirectory, server: ServerDirectory, recipe: Recipe, devices: int, encoding: str
+) -> None:
     if place.holds_run() or place.summary.exists():
         raise DeploymentError(
             f"{place.root} already holds a run that was not made by alignfed up; choose another"
@@ -165,6 +169,7 @@ def _make(place: RunDirectory, server: ServerDirectory, recipe: Recipe, devices:
             "superlink_port": ports[1],
             "metrics_port": None,
             "run": "..",
+            "serving": {"encoding": encoding},
         },
     )
     create_server(server.root, settings, recipe, datetime.datetime.now(datetime.UTC))

@@ -98,9 +98,11 @@ class Inbox:
             return self._failure(sent, answer, state, now_s), False
         events: list[Event] = []
         more = False
-        # The task that was asked for comes first: it must not be turned away for others' sake.
+        # The task that was asked for comes first, and is never turned away: how often a device is
+        # asked is up to the server, and it asks those who fail less and less.
         for task_id in sorted(answer.payloads, key=lambda one: (one != sent.task_id, one)):
-            if not self._pace.admit(sent.client_id, now_s):
+            asked_for = task_id == sent.task_id
+            if not asked_for and not self._pace.admit(sent.client_id, now_s):
                 left = len(answer.payloads) - len(events)
                 events.append(self._too_many(sent, task_id, left, now_s))
                 more = False
@@ -108,7 +110,7 @@ class Inbox:
             event = self._upload(sent, task_id, answer.payloads[task_id], state, now_s)
             # A device sends as much as one reply may hold. What it was not asked for it had kept:
             # it may have kept more, and must hear that this is safe.
-            more = more or (task_id != sent.task_id and _was_kept(event))
+            more = more or (not asked_for and _was_kept(event))
             if event is not None:
                 client.received += 1
                 events.append(event)
@@ -179,8 +181,8 @@ class Inbox:
             task_id,
             sent.client_id,
             RejectReason.TOO_MANY,
-            f"{left} uploads were not looked into: more than {limit:g} a minute came from client"
-            f" {sent.client_id}",
+            f"{left} uploads were not looked into: more than {limit:g} a minute that nobody asked"
+            f" for came from client {sent.client_id}",
         )
 
     def _note_heard(self, sent: Sent) -> None:

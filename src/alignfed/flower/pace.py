@@ -17,7 +17,8 @@ class PaceSettings:
         min_ttl_s: a message is never given less.
         max_ttl_s: nor more.
         patience: multiple of the expected duration that is waited.
-        uploads_per_minute: answers of one client that are looked into; more are turned away.
+        uploads_per_minute: uploads of one client, beside those it was asked for, that are looked
+            into; more are turned away.
     """
 
     first_ttl_s: float = 3600.0
@@ -34,7 +35,7 @@ class Pace:
     Attributes:
         settings: times and rates.
         expected_s: mean duration of a client's tasks, later ones counting more.
-        allowance: answers a client may still send, and when that was reckoned.
+        allowance: uploads a client may still send unasked, and when that was reckoned.
     """
 
     settings: PaceSettings
@@ -55,7 +56,7 @@ class Pace:
         return min(max(wanted_s, settings.min_ttl_s), settings.max_ttl_s)
 
     def admit(self, client_id: int, now_s: float) -> bool:
-        """Return whether one more answer of a client may be looked into, and count it."""
+        """Return whether one more upload that nobody asked for is looked into, and count it."""
         most = self.settings.uploads_per_minute
         left, since_s = self.allowance.get(client_id, (most, now_s))
         left = min(most, left + (now_s - since_s) * most / 60.0)
