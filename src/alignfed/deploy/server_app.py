@@ -79,6 +79,7 @@ def server_of(directory: ServerDirectory) -> Server:
         settings=driver_settings(settings, recipe, len(members.client_ids())),
         encoding=settings.serving.encoding,
         keep_payloads=settings.serving.keep_payloads,
+        replay_bytes=settings.serving.replay_bytes,
         report=_Report(directory.status),
     )
 
