@@ -17,6 +17,9 @@ from alignfed.errors import AlignFedError, DataError, DeploymentError
 from alignfed.flower.blob import WireError
 from alignfed.flower.outbox import Outbox, OutboxFullError
 from alignfed.flower.wire import decode_upload
+from alignfed.training.data import DataSettings
+from alignfed.training.federate import own_client
+from alignfed.training.templates import TemplateSettings
 from tests.deploy.devices import order_for, small_recipe
 
 RECIPE = small_recipe()
@@ -148,6 +151,24 @@ def test_a_device_trains_on_a_file_of_its_own(tmp_path, simulated, outbox):
     device.work(order_for(start, device.digest), outbox)
     assert device.digest == training_digest(RECIPE)
     assert answer(outbox, 0, start)[0].num_examples == 8
+
+
+def test_own_data_that_cannot_be_trained_on_is_refused(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"text": "good", "label": "yes"}\n')
+    template = TemplateSettings("{text}")
+    settings = DataSettings(path=str(path), label_column="label")
+    with pytest.raises(DataError, match="label_names"):
+        own_client("mine", 0, settings, template)
+    named = replace(settings, label_names=("yes", "no"))
+    client, names = own_client("mine", 0, named, template)
+    assert (len(client.train), len(client.held_out), names) == (1, 0, ("yes", "no"))
+    path.write_text('{"text": "good", "label": "maybe"}\n')
+    with pytest.raises(DataError, match="maybe"):
+        own_client("mine", 0, named, template)
+    path.write_text('{"text": "Good", "label": "yes"}\n{"text": "good ", "label": "no"}\n')
+    with pytest.raises(DataError, match="nothing to train on"):
+        own_client("mine", 0, replace(named, held_out_fraction=0.5), template)
 
 
 def test_a_client_without_a_share_is_told_how_many_there_are():

@@ -28,7 +28,7 @@ from alignfed.flower.ports import Members
 from alignfed.flower.status import ServerStatus
 from alignfed.inputs import fingerprint_files, refuse_changes
 from alignfed.journal import RunDirectory, RunMeta, RunReader, write_text_atomically
-from alignfed.journal.durable import DurableLog
+from alignfed.journal.durable import REPLAY_BYTES, DurableLog
 from alignfed.version import __version__
 
 
@@ -44,6 +44,7 @@ class Server:
         settings: the driver's.
         encoding: how uploads are written.
         keep_payloads: keep every upload, so that the run can be replayed from its start.
+        replay_bytes: else, how much to keep for replays, beyond what recovery needs.
         report: is handed the driver's status after each step.
     """
 
@@ -54,6 +55,7 @@ class Server:
     settings: DriverSettings
     encoding: Encoding = "fp32"
     keep_payloads: bool = False
+    replay_bytes: int = REPLAY_BYTES
     report: Callable[[ServerStatus], None] = lambda status: None
 
 
@@ -138,11 +140,12 @@ def _begin(server: Server, serving: Serving) -> DurableLog:
         serving.coordinator,
         serving.initial_adapter,
         keep_payloads=server.keep_payloads,
+        replay_bytes=server.replay_bytes,
     )
 
 
 def _go_on(server: Server, serving: Serving) -> DurableLog:
-    log = DurableLog(server.place.root, serving.coordinator)
+    log = DurableLog(server.place.root, serving.coordinator, replay_bytes=server.replay_bytes)
     try:
         if log.meta["recipe_sha256"] == _sha256(serving.recipe.to_toml()):
             known = log.meta.get("inputs", "{}")

@@ -16,7 +16,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from alignfed.config import Recipe, load_recipe
 from alignfed.deploy.directory import SERVER_DIRECTORY, ServerDirectory
-from alignfed.deploy.records import write_json
+from alignfed.deploy.loglines import BoundedLog
+from alignfed.deploy.records import records_to, write_json
 from alignfed.deploy.registry import RegistryView
 from alignfed.deploy.serve import Server, serve
 from alignfed.deploy.settings import ServerSettings, load_server_settings
@@ -78,6 +79,7 @@ def server_of(directory: ServerDirectory) -> Server:
         settings=driver_settings(settings, recipe, len(members.client_ids())),
         encoding=settings.serving.encoding,
         keep_payloads=settings.serving.keep_payloads,
+        replay_bytes=settings.serving.replay_bytes,
         report=_Report(directory.status),
     )
 
@@ -103,4 +105,12 @@ def main(grid: Grid, context: Context) -> None:
             f"this ServerApp does not know its directory: {SERVER_DIRECTORY} is unset; start it"
             " with `alignfed deploy server`"
         )
-    serve(grid, server_of(ServerDirectory(Path(root))))
+    directory = ServerDirectory(Path(root))
+    log = load_server_settings(directory.settings).log
+    # Flower keeps what this process prints to itself until the run is over.
+    lines = BoundedLog(directory.logs / "server_app.log", log.bytes, log.files)
+    try:
+        with records_to(lines.write):
+            serve(grid, server_of(directory))
+    finally:
+        lines.close()

@@ -58,13 +58,19 @@ class ServingSection(Section):
     )
     time_to_live_s: float = key(
         3600.0,
-        "Seconds after which a task without an answer is given up, where no shorter time is known"
-        " from the device's earlier tasks.",
+        "Seconds a device is given for its first answer; later ones by how long its tasks took. A"
+        " task without an answer is sent again, at most three times.",
         ge=30,
     )
     poll_s: float = key(0.5, "Seconds between looks for answers.", gt=0, le=60)
     keep_payloads: bool = key(
         False, "Keep every upload, so that the run can be replayed from its start."
+    )
+    replay_bytes: int = key(
+        256_000_000,
+        "Else so many bytes of the last uploads, beyond what recovery needs, so that what happened"
+        " lately can be replayed.",
+        ge=0,
     )
 
 
