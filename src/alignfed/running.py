@@ -288,7 +288,7 @@ class Run:
             buffer_size=recipe.server.buffer_size,
             limits=Limits(stop.virtual_time_s, stop.uploads, stop.versions, stop.tokens),
             resumed=resumed,
-            warnings=self.warnings,
+            warnings=(*self.warnings, *simulation.notes),
         )
 
     def _snapshot(self, engine: Engine) -> RunSnapshot:

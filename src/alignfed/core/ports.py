@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -53,6 +53,23 @@ class ClientTrainer(Protocol):
 
     def train(self, jobs: Sequence[TrainingJob]) -> Sequence[TrainingResult]:
         """Return one result a job, in order. Jobs may be computed together."""
+        ...
+
+
+class Pending(Protocol):
+    """Results on their way."""
+
+    def results(self) -> Sequence[TrainingResult]:
+        """Wait for the results, one a job, in order."""
+        ...
+
+
+@runtime_checkable
+class BackgroundTrainer(ClientTrainer, Protocol):
+    """A trainer that computes elsewhere while whoever asked goes on."""
+
+    def submit(self, jobs: Sequence[TrainingJob]) -> Pending:
+        """Begin to compute jobs together, after those submitted before, and return at once."""
         ...
 
 
