@@ -18,7 +18,7 @@ from alignfed.build import Simulation, fleet_words
 from alignfed.core.adapter import Adapter
 from alignfed.core.events import EvaluationFinished, Event
 from alignfed.core.instructions import Evaluate, Instruction, Publish
-from alignfed.core.ports import Evaluation
+from alignfed.core.ports import Evaluation, TakesNotes
 from alignfed.errors import AlignFedError, JournalError
 from alignfed.interruption import interrupt_between_steps
 from alignfed.journal import (
@@ -95,6 +95,7 @@ class Run:
         rule_state = type(rule.init(simulation.initial_adapter))
         self.checkpoints = Checkpoints(journal, Codec(RunState, rule_state, *CHECKPOINTED))
         self.warnings: tuple[str, ...] = ()
+        self.notes: tuple[str, ...] = ()
         self.expected_cohorts: deque[tuple[int, ...]] = deque()
         self.engine: Engine | None = None
         self.earlier_s = 0.0
@@ -240,6 +241,7 @@ class Run:
                 "lost_tasks": state.lost_tasks,
                 "server_busy_s": state.server_busy_s,
                 "duplicates_removed": simulation.data.removed,
+                **({"notes": [*simulation.notes, *self.notes]} if self.notes else {}),
             },
         )
         summary = summarise(facts)
@@ -292,7 +294,9 @@ class Run:
         )
 
     def _snapshot(self, engine: Engine) -> RunSnapshot:
-        state = engine.state
+        state, trainer = engine.state, self.simulation.parts.trainer
+        if isinstance(trainer, TakesNotes):
+            self.notes += tuple(trainer.take_notes())
         return RunSnapshot(
             virtual_time_s=state.now_s,
             version=state.coordinator.version,
@@ -303,6 +307,7 @@ class Run:
             loss=self.loss,
             score=self.score,
             tokens=state.coordinator.tokens,
+            notes=self.notes,
         )
 
 

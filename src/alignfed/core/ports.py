@@ -73,6 +73,15 @@ class BackgroundTrainer(ClientTrainer, Protocol):
         ...
 
 
+@runtime_checkable
+class TakesNotes(Protocol):
+    """Whoever meets something that a run's record should say."""
+
+    def take_notes(self) -> Sequence[str]:
+        """Return what has happened since last asked, in words."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """A score on held-out data.

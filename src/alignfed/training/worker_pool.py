@@ -58,7 +58,7 @@ class Share:
             [pack(adapter) for adapter in starts.values()],
         )
         self.deaths = 0
-        self.future: Future[list[PackedResult]] = Future()
+        self.future: Future[tuple[list[PackedResult], tuple[str, ...]]] = Future()
 
     def results(self) -> list[TrainingResult]:
         """Wait for the results, one a job, in order.
@@ -69,7 +69,7 @@ class Share:
         """
         while self._results is None:
             try:
-                found = self.future.result()
+                found, notes = self.future.result()
             except BrokenProcessPool:
                 self._pool.renew()
                 continue
@@ -77,7 +77,7 @@ class Share:
                 TrainingResult(unpack(adapter), num_examples, metrics)
                 for adapter, num_examples, metrics in found
             ]
-            self._pool.forget(self)
+            self._pool.take(self, notes)
         return self._results
 
 
@@ -104,6 +104,7 @@ class PoolTrainer:
         self._num_workers = num_workers
         self._threads = threads
         self._under_way: list[Share] = []
+        self._notes: list[str] = []
         self._pool = self._start()
 
     def close(self) -> None:
@@ -159,9 +160,15 @@ class PoolTrainer:
                 )
             self._send(share)
 
-    def forget(self, share: Share) -> None:
-        """Take note that a share's results have been taken."""
+    def take(self, share: Share, notes: Sequence[str]) -> None:
+        """Take note that a share's results have been taken, and of what its worker met."""
         self._under_way.remove(share)
+        self._notes += [note for note in notes if note not in self._notes]
+
+    def take_notes(self) -> tuple[str, ...]:
+        """Return what workers have met since last asked that a run's record should say."""
+        notes, self._notes = tuple(self._notes), []
+        return notes
 
     def _send(self, share: Share) -> None:
         with _without_main():
@@ -231,6 +238,6 @@ def _prepare() -> int:
 
 def _train(
     tasks: list[Task], which: list[int], adapters: list[PackedAdapter]
-) -> list[PackedResult]:
+) -> tuple[list[PackedResult], tuple[str, ...]]:
     assert _worker is not None
-    return _worker.train(tasks, which, *adapters)
+    return _worker.train(tasks, which, *adapters), _worker.take_notes()
