@@ -17,11 +17,11 @@ here.
 **Training.** ``ratio_vs_flower``: the tasks of the default recipe, the ones its fleet and clock
 hand out, with its local steps. Flower's clients run this project's own ``LocalTrainer``, kept in
 each actor from task to task, so that the base is loaded once an actor and not once a task; one
-actor and one thread a core; its server only collects. Ours is the run itself, as `alignfed simulate`
-places it (workers and cohorts of the recipe), every task judged and aggregated by the recipe's rule;
-neither side evaluates. Timed is the whole process: imports, start of the engine, loading of model
-and data. ``ratio_vs_flower_warm`` leaves all of that out on both sides: it begins when everything
-is loaded, in a run of its own on our side.
+actor and one thread a core; its server only collects. Ours is the run itself, placed as `alignfed
+simulate` places it (workers and cohorts of the recipe), every task judged and aggregated by the
+recipe's rule; neither side evaluates. Timed is the whole process: imports, start of the engine,
+loading of model and data. ``ratio_vs_flower_warm`` leaves all of that out on both sides: it begins
+when everything is loaded, in a run of its own on our side.
 
 Memory is of a side's whole tree of processes at its highest: ``rss`` counts a shared page in every
 process that maps it, ``pss`` divides it among them.
@@ -195,7 +195,12 @@ def main() -> None:
         pairs.write_text(json.dumps(planned(options.tasks)), encoding="utf-8")
         np.save(values, start)
         common = side_options(
-            options, warm=False, pairs=str(pairs), start=str(values), payload=0, tasks=options.noop_tasks
+            options,
+            warm=False,
+            pairs=str(pairs),
+            start=str(values),
+            payload=0,
+            tasks=options.noop_tasks,
         )
         ours = side_options(common, tasks=10 * options.noop_tasks)
         loaded = {"payload": start.size}

@@ -65,7 +65,7 @@ def test_the_run_is_that_of_a_trainer_that_is_waited_for(cohort_size, lookahead)
 
 @pytest.mark.parametrize("lookahead", [2, 3, 100])
 def test_no_more_is_asked_for_than_the_lookahead_allows(lookahead):
-    engine, tape, _ = in_background(2, lookahead)
+    engine, _, _ = in_background(2, lookahead)
     most = 0
     while engine.step():
         # The one that has just arrived is no longer running.
@@ -91,7 +91,7 @@ def test_who_trains_with_whom_does_not_depend_on_when_results_are_collected(ever
 
 
 def test_cohorts_are_begun_before_anybody_waits_for_them():
-    engine, tape, trainer = in_background(2, 100)
+    engine, _, trainer = in_background(2, 100)
     begun_early = 0
     while engine.step():
         waiting = [later for _, later in trainer.given if not later.taken]

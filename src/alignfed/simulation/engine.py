@@ -3,8 +3,9 @@
 What a client will compute is fixed when it is dispatched. So a result is only computed when the
 clock reaches its arrival, and then together with others already under way (lookahead). A trainer
 that computes in the background is also given whole cohorts before they are needed, so that it never
-waits for the server. Who trains with whom follows from the clock's events alone, never from who was
-fast. Nothing here reads the real time; the server's own time is modelled from the sizes of its work.
+waits for the server. Who trains with whom follows from the clock's events alone, never from who
+was fast. Nothing here reads the real time; the server's own time is modelled from the sizes of its
+work.
 """
 
 from __future__ import annotations
