@@ -87,7 +87,8 @@ def make_trainer(
     elif beside:
         torch.set_num_threads(1)
     threads = torch.get_num_threads()
-    width, notes = training.cohort_size, ()
+    width = training.cohort_size
+    notes: tuple[str, ...] = ()
     if width == "auto":
         together = CohortTrainer(base, encoder, data.clients, settings, seed)
         jobs = [TrainingJob(task, base.initial_adapter()) for task in tasks]
