@@ -98,9 +98,12 @@ def simulate(
     ] = False,
 ) -> None:
     """Run a federated fine-tuning on a virtual clock, and keep recipe, journal and adapter."""
-    from alignfed.config import default_recipe, load_recipe
+    from alignfed.prestart import start_server_if_likely
 
     changes = overrides or []
+    start_server_if_likely(recipe, changes)
+    from alignfed.config import default_recipe, load_recipe
+
     loaded = load_recipe(recipe, changes) if recipe is not None else default_recipe(changes)
     directory = out if out is not None else _new_directory(loaded.name)
     from alignfed import api
@@ -117,6 +120,9 @@ def resume(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory.")],
 ) -> None:
     """Go on with a run that was interrupted; the result is that of an uninterrupted one."""
+    from alignfed.prestart import start_server_if_likely
+
+    start_server_if_likely(directory / "recipe.toml", [])
     from alignfed import api
 
     _watch(directory, lambda view: api.resume(directory, view=view))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -55,6 +55,32 @@ class ClientTrainer(Protocol):
 
     def train(self, jobs: Sequence[TrainingJob]) -> Sequence[TrainingResult]:
         """Return one result a job, in order. Jobs may be computed together."""
+        ...
+
+
+class Pending(Protocol):
+    """Results on their way."""
+
+    def results(self) -> Sequence[TrainingResult]:
+        """Wait for the results, one a job, in order."""
+        ...
+
+
+@runtime_checkable
+class BackgroundTrainer(ClientTrainer, Protocol):
+    """A trainer that computes elsewhere while whoever asked goes on."""
+
+    def submit(self, jobs: Sequence[TrainingJob]) -> Pending:
+        """Begin to compute jobs together, after those submitted before, and return at once."""
+        ...
+
+
+@runtime_checkable
+class TakesNotes(Protocol):
+    """Whoever meets something that a run's record should say."""
+
+    def take_notes(self) -> Sequence[str]:
+        """Return what has happened since last asked, in words."""
         ...
 
 

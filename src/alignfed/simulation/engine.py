@@ -1,8 +1,11 @@
 """Drives the coordinator on a virtual clock: exact in order, and free to compute ahead.
 
 What a client will compute is fixed when it is dispatched. So a result is only computed when the
-clock reaches its arrival, and then together with others already under way (lookahead). Nothing
-here reads the real time; the server's own time is modelled from the sizes of its work.
+clock reaches its arrival, and then together with others already under way (lookahead). A trainer
+that computes in the background is also given whole cohorts before they are needed, so that it never
+waits for the server. Who trains with whom follows from the clock's events alone, never from who
+was fast. Nothing here reads the real time; the server's own time is modelled from the sizes of its
+work.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import attrgetter
 
 from alignfed.core.adapter import Adapter
@@ -35,9 +39,11 @@ from alignfed.core.instructions import (
     Stop,
 )
 from alignfed.core.ports import (
+    BackgroundTrainer,
     ClientTrainer,
     Evaluation,
     Journal,
+    Pending,
     TrainingJob,
 )
 from alignfed.core.update import Update
@@ -73,6 +79,8 @@ class EngineParts:
             a part of theirs.
         journal: keeps the record; None keeps none.
         cohort_size: how many tasks to compute together at most.
+        lookahead: how many tasks a trainer that computes in the background may hold at most,
+            results not yet due included; at least ``cohort_size``.
         calibration_flops_per_token: forward FLOPs of one calibration token on the server.
         most_idle_events: so many events without progress are a standstill, a dispatch counting
             as ten and a refused upload as a hundred; so many more for every further hundred
@@ -88,6 +96,7 @@ class EngineParts:
     evaluate_own: Callable[[Mapping[int, Adapter]], Evaluation] | None = None
     journal: Journal | None = None
     cohort_size: int = 1
+    lookahead: int = 1
     calibration_flops_per_token: float = 0.0
     most_idle_events: int = 100_000
 
@@ -105,6 +114,8 @@ class Engine:
         self._parts = parts
         self._state = EngineState(parts.coordinator.initial_state(adapter))
         self._clock: VirtualClock[ClockEvent] = VirtualClock()
+        self._sent: dict[int, tuple[Pending, int]] = {}
+        self._background = _background(parts)
         self._begun = False
         self._prepare()
 
@@ -115,6 +126,8 @@ class Engine:
         engine._parts = parts
         engine._state = state
         engine._clock = VirtualClock.restore(state.now_s, state.sequence, state.pending)
+        engine._sent = {}
+        engine._background = _background(parts)
         engine._begun = state.coordinator.started
         engine._prepare()
         return engine
@@ -129,7 +142,12 @@ class Engine:
         self._progress = attrgetter("accepted" if math.isinf(max_uploads) else "received")
 
     def snapshot(self) -> EngineState:
-        """Return the complete state, to be written down before the next step."""
+        """Return the complete state, to be written down before the next step.
+
+        Waits for what is being computed: a state holds results, never promises.
+        """
+        for running in self._state.running.values():
+            self._collect(running)
         self._state.pending = self._clock.pending()
         self._state.sequence = self._clock.sequence
         return self._state
@@ -210,8 +228,8 @@ class Engine:
         running = state.running.get(due.task_id)
         if running is None:
             return
-        if running.result is None:
-            self._compute(running)
+        self._compute(running)
+        self._collect(running)
         result = running.result
         assert result is not None
         task = running.task
@@ -339,29 +357,64 @@ class Engine:
 
     def _release(self, running: RunningTask) -> None:
         state, task = self._state, running.task
+        self._sent.pop(task.task_id, None)
         del state.running[task.task_id]
         del state.on_device[task.client_id]
 
     # --- lookahead ------------------------------------------------------------------------
 
     def _compute(self, needed: RunningTask) -> None:
-        """Compute the result needed now, and with it others that will be needed."""
-        cohort = [needed]
-        if self._parts.cohort_size > 1:
-            cohort += self._worth_computing(needed)
-        jobs = [TrainingJob(running.task, running.adapter) for running in cohort]
-        results = self._parts.trainer.train(jobs)
-        for running, result in zip(cohort, results, strict=True):
-            running.result = result
+        """See that the result needed now is computed, and with it others that will be needed."""
+        parts = self._parts
+        if (background := self._background) is not None:
+            for cohort in self._cohorts_to_send(needed):
+                pending = background.submit(_jobs(cohort))
+                for place, running in enumerate(cohort):
+                    self._sent[running.task.task_id] = (pending, place)
+                self._record(cohort)
+        elif needed.result is None:
+            cohort = [needed, *self._worth_computing(needed, parts.cohort_size - 1)]
+            for running, result in zip(cohort, parts.trainer.train(_jobs(cohort)), strict=True):
+                running.result = result
+            self._record(cohort)
+
+    def _cohorts_to_send(self, needed: RunningTask) -> list[list[RunningTask]]:
+        """Return what a background trainer is to begin with: what is needed, and whole cohorts.
+
+        Whether a result has come back yet makes no difference, only that it was asked for.
+        """
+        size = self._parts.cohort_size
+        most = max(size, self._parts.lookahead)
+        room = most - sum(self._asked_for(one) for one in self._state.running.values())
+        if not self._asked_for(needed):
+            waiting = [needed, *self._worth_computing(needed, room - 1)]
+        else:
+            waiting = self._worth_computing(needed, room)
+            waiting = waiting[: len(waiting) // size * size]
+        number = math.ceil(len(waiting) / size)
+        ends = [len(waiting) * i // max(1, number) for i in range(number + 1)]
+        return [waiting[start:end] for start, end in pairwise(ends)]
+
+    def _asked_for(self, running: RunningTask) -> bool:
+        return running.result is not None or running.task.task_id in self._sent
+
+    def _collect(self, running: RunningTask) -> None:
+        """Wait for a task's result, if it was asked for and has not been taken yet."""
+        found = self._sent.pop(running.task.task_id, None)
+        if found is not None:
+            pending, place = found
+            running.result = pending.results()[place]
+
+    def _record(self, cohort: Sequence[RunningTask]) -> None:
         if self._parts.journal is not None:
             task_ids = [running.task.task_id for running in cohort]
             self._parts.journal.record_cohort(self._state.now_s, task_ids)
 
-    def _worth_computing(self, needed: RunningTask) -> list[RunningTask]:
-        """Tasks under way that will report before the run can end, earliest first."""
+    def _worth_computing(self, needed: RunningTask, most: int) -> list[RunningTask]:
+        """Tasks not asked for that will report before the run can end, earliest first."""
         stop = self._parts.coordinator.settings.stop
         remaining = stop.max_uploads - self._state.coordinator.received - 1
-        width = int(min(self._parts.cohort_size - 1, remaining))
+        width = int(min(most, remaining))
         if width <= 0:
             return []
         tasks = self._state.coordinator.tasks
@@ -374,7 +427,15 @@ class Engine:
         )
         # Those already computed count too: they arrive before the run ends and use up its limit.
         within = others if math.isinf(remaining) else others[: int(remaining)]
-        return [running for _, _, running in within if running.result is None][:width]
+        return [running for _, _, running in within if not self._asked_for(running)][:width]
+
+
+def _background(parts: EngineParts) -> BackgroundTrainer | None:
+    return parts.trainer if isinstance(parts.trainer, BackgroundTrainer) else None
+
+
+def _jobs(cohort: Sequence[RunningTask]) -> list[TrainingJob]:
+    return [TrainingJob(running.task, running.adapter) for running in cohort]
 
 
 def _kind_and_weight(item: Event | Instruction | TaskLost) -> tuple[str, int]:
