@@ -3,15 +3,19 @@
     python benchmarks/cohort.py [--repeats 5]
 
 Every client makes the same local steps on batches of 4 x 128 tokens, all scored, on the built-in
-model and on a Llama of 10M random parameters. Three sides take turns within one process:
+model and on a Llama of 10M random parameters. Four sides take turns:
 
-- cohort: ``CohortTrainer.train``, batching and result included, at the width it chose itself;
+- cohort: ``CohortTrainer.train``, batching and result included, at the width it chose itself, two
+  torch threads;
+- workers: ``PoolTrainer``, a process a core with one torch thread each, cohorts of
+  ``WORKER_WIDTH``: what a run gets on a CPU;
 - sequential: a plain PEFT loop, the model loaded once and the batches made beforehand;
 - big: that loop with one adapter and the tokens of all clients as one batch a step.
 
 ``ratio_vs_sequential`` is sequential over cohort. The bound is what anyone could hope for without
 other kernels: the faster of sequential and big in a turn; ``ratio_vs_bound`` is bound over cohort.
-Both are medians over the turns. Final losses of cohort and sequential are compared as well.
+``ratio_workers_vs_sequential`` is sequential over workers. All are medians over the turns. Final
+losses of cohort and workers are compared with those of sequential.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,18 +44,23 @@ from alignfed import builtin
 from alignfed.core.adapter import Adapter
 from alignfed.core.ports import TrainingJob
 from alignfed.core.update import Task
+from alignfed.prestart import usable_cores
 from alignfed.training.cohort import CohortTrainer
 from alignfed.training.data import ClientData
 from alignfed.training.encoding import Encoder
 from alignfed.training.loading import load_base
 from alignfed.training.local import LocalSettings
+from alignfed.training.ray_worker import TrainerSetup
 from alignfed.training.settings import LoraSettings, ModelSettings
 from alignfed.training.templates import Example, TemplateSettings
+from alignfed.training.worker_pool import PoolTrainer
 
 CLIENTS, BATCH_SIZE, LENGTH = 16, 4, 128
 RANK, ALPHA = 8, 16.0
 LEARNING_RATE = 1e-3
 STEPS = {"small": 4, "large": 2}
+WORKER_WIDTH = 2
+"""The default recipe's ``training.cohort_size``."""
 
 
 def save_large(folder: Path) -> None:
@@ -143,6 +153,17 @@ def compare(size: str, folder: str, repeats: int) -> dict[str, Any]:
         tuple(torch.cat([one[step][part] for one in batches]) for part in range(2))
         for step in range(steps)
     ]
+    setup = TrainerSetup(
+        ModelSettings(folder),
+        LoraSettings(RANK, ALPHA),
+        TemplateSettings("{prompt}", "{response}"),
+        LENGTH,
+        data,
+        settings,
+        seed=0,
+        trainer=partial(CohortTrainer, width=WORKER_WIDTH),
+    )
+    pool = PoolTrainer(setup, trainer.work, usable_cores())
     plain = PlainLoop(folder, start)
     width = trainer.choose_width(jobs)
     last: dict[str, list[float]] = {}
@@ -150,21 +171,36 @@ def compare(size: str, folder: str, repeats: int) -> dict[str, Any]:
     def cohort() -> None:
         last["cohort"] = [one.metrics["loss_last"] for one in trainer.train(jobs)]
 
+    def workers() -> None:
+        shares = [
+            pool.submit(jobs[first : first + WORKER_WIDTH])
+            for first in range(0, CLIENTS, WORKER_WIDTH)
+        ]
+        last["workers"] = [one.metrics["loss_last"] for share in shares for one in share.results()]
+
     def sequential() -> None:
         last["sequential"] = [plain.client(own)[-1] for own in batches]
 
     def big() -> None:
         plain.client(whole)  # type: ignore[arg-type]
 
-    taken = interleaved({"cohort": cohort, "sequential": sequential, "big": big}, repeats)
+    sides = {"cohort": cohort, "workers": workers, "sequential": sequential, "big": big}
+    taken = interleaved(sides, repeats)
+    pool.close()
     turns = list(zip(taken["cohort"], taken["sequential"], taken["big"], strict=True))
     tokens = CLIENTS * steps * BATCH_SIZE * LENGTH
-    gaps = [abs(a - b) for a, b in zip(last["cohort"], last["sequential"], strict=True)]
+    gaps = [
+        abs(found - expected)
+        for side in ("cohort", "workers")
+        for found, expected in zip(last[side], last["sequential"], strict=True)
+    ]
+    beside = [a / b for a, b in zip(taken["sequential"], taken["workers"], strict=True)]
     versus_sequential = [sequential_s / cohort_s for cohort_s, sequential_s, _ in turns]
     versus_bound = [min(rest) / cohort_s for cohort_s, *rest in turns]
     return {
         f"ratio_vs_sequential_{size}": round(median(versus_sequential), 3),
         f"ratio_vs_bound_{size}": round(median(versus_bound), 3),
+        f"ratio_workers_vs_sequential_{size}": round(median(beside), 3),
         size: {
             "parameters": base.num_parameters,
             "steps": steps,
@@ -175,6 +211,9 @@ def compare(size: str, folder: str, repeats: int) -> dict[str, Any]:
             "seconds": {name: spread(seconds) for name, seconds in taken.items()},
             "ratio_vs_sequential": spread(versus_sequential),
             "ratio_vs_bound": spread(versus_bound),
+            "ratio_workers_vs_sequential": spread(beside),
+            "workers": usable_cores(),
+            "worker_width": WORKER_WIDTH,
             "largest_loss_difference": max(gaps),
         },
     }

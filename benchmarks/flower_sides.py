@@ -26,13 +26,21 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def default_simulation(uploads: int, rule: str | None = None) -> Any:
+ALONE = {"workers": 1, "threads": 1, "cohort_size": 1}
+"""Training in this process, one task at a time."""
+
+
+def default_simulation(
+    uploads: int, rule: str | None = None, training: dict[str, Any] | None = None
+) -> Any:
     """Build the default recipe's run, with another number of uploads."""
     from alignfed.build import build_simulation
     from alignfed.config import default_recipe
 
     recipe = default_recipe()
     changes: dict[str, Any] = {"stop": recipe.stop.model_copy(update={"uploads": uploads})}
+    if training is not None:
+        changes["training"] = recipe.training.model_copy(update=training)
     if rule is not None:
         changes["strategy"] = recipe.strategy.model_copy(update={"rule": rule, "settings": {}})
     return build_simulation(recipe.model_copy(update=changes))
@@ -70,7 +78,7 @@ def finish(parts: Any, adapter: Any) -> dict[str, float]:
 
 def planned(tasks: int) -> list[Pair]:
     """Return the tasks the default run computes: results do not move its clock."""
-    simulation = default_simulation(tasks, "fedbuff")
+    simulation = default_simulation(tasks, "fedbuff", ALONE)
     trainer = EchoTrainer(simulation.parts.trainer.work)
     finish(replace(simulation.parts, trainer=trainer, evaluate=None), simulation.initial_adapter)
     return trainer.asked
@@ -83,7 +91,7 @@ def ours_noop(options: argparse.Namespace) -> dict[str, float]:
     from alignfed.core.ports import TaskWork
 
     torch.set_num_threads(1)
-    simulation = default_simulation(options.tasks, "fedbuff")
+    simulation = default_simulation(options.tasks, "fedbuff", ALONE)
     parts = replace(simulation.parts, evaluate=None)
     if options.payload:
         adapter, trainer = simulation.initial_adapter, EchoTrainer(parts.trainer.work)
@@ -96,26 +104,21 @@ def ours_noop(options: argparse.Namespace) -> dict[str, float]:
 
 
 def ours_train(options: argparse.Namespace) -> dict[str, float]:
-    import torch
+    from alignfed.prestart import start_server_if_likely
 
-    torch.set_num_threads(options.threads)
-    simulation = default_simulation(options.tasks)
+    training = None
+    if options.trainer == "recipe":
+        start_server_if_likely(None, [])  # as the command line does
+    else:
+        size = 1 if options.trainer == "local" else 8
+        training = ALONE | {"threads": options.threads, "cohort_size": size}
+    simulation = default_simulation(options.tasks, training=training)
+    if options.warm:
+        # Workers' ids come when they have loaded the base.
+        getattr(simulation.parts.trainer, "process_ids", list)()
     parts = replace(simulation.parts, evaluate=None)
-    if options.trainer != "recipe":
-        from alignfed.training.cohort import CohortTrainer
-        from alignfed.training.local import LocalTrainer
-
-        found: Any = parts.trainer
-        kind, width = (
-            (LocalTrainer, 1)
-            if options.trainer == "local"
-            else (CohortTrainer, simulation.recipe.server.concurrency)
-        )
-        trainer = kind(
-            simulation.base, found.data.encoder, simulation.data.clients, found.settings, found.seed
-        )
-        parts = replace(parts, trainer=trainer, cohort_size=width)
-    return finish(parts, simulation.initial_adapter) | {"tasks": options.tasks}
+    found = finish(parts, simulation.initial_adapter)
+    return found | {"tasks": options.tasks}
 
 
 # --- Flower -----------------------------------------------------------------------------------
@@ -127,14 +130,8 @@ def actors_trainer() -> tuple[Any, Any]:
     import torch
 
     torch.set_num_threads(1)
-    simulation = default_simulation(1)
-    from alignfed.training.local import LocalTrainer
-
-    found: Any = simulation.parts.trainer
-    trainer = LocalTrainer(
-        simulation.base, found.data.encoder, simulation.data.clients, found.settings, found.seed
-    )
-    return trainer, simulation.initial_adapter.layout
+    simulation = default_simulation(1, training=ALONE)
+    return simulation.parts.trainer, simulation.initial_adapter.layout
 
 
 def trained(values: Any, client: int, dispatch: int) -> Any:

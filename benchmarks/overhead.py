@@ -46,6 +46,8 @@ class Stopwatch:
     calls: dict[str, int] = field(default_factory=dict)
 
     def add(self, name: str, begun_s: float) -> None:
+        if not self.begun_s:  # version 0 is scored before the first dispatch
+            return
         self.spent_s[name] = self.spent_s.get(name, 0.0) + time.perf_counter() - begun_s
         self.calls[name] = self.calls.get(name, 0) + 1
 
@@ -124,12 +126,8 @@ def run(overrides: Sequence[str]) -> dict[str, Any]:
     def build(recipe: Recipe) -> Simulation:
         return timed(build_simulation(recipe), watch)
 
-    api.build_simulation = build  # type: ignore[attr-defined]
-    try:
-        with tempfile.TemporaryDirectory() as directory:
-            result = api.simulate(None, Path(directory) / "run", overrides=overrides)
-    finally:
-        api.build_simulation = build_simulation  # type: ignore[attr-defined]
+    with tempfile.TemporaryDirectory() as directory:
+        result = api.simulate(None, Path(directory) / "run", overrides=overrides, build=build)
     whole_s = watch.flushed_s - watch.begun_s
     evaluation_s = watch.spent_s["evaluation"] - watch.spent_s["last evaluation"]
     training_s = watch.spent_s["training"]

@@ -17,10 +17,11 @@ here.
 **Training.** ``ratio_vs_flower``: the tasks of the default recipe, the ones its fleet and clock
 hand out, with its local steps. Flower's clients run this project's own ``LocalTrainer``, kept in
 each actor from task to task, so that the base is loaded once an actor and not once a task; one
-actor and one thread a core; its server only collects. Ours is the run itself, every task trained,
-judged and aggregated by the recipe's rule; neither side evaluates. Timed is the whole process:
-imports, start of the engine, loading of model and data. ``ratio_vs_flower_warm`` leaves all of that
-out on both sides: it begins when everything is loaded.
+actor and one thread a core; its server only collects. Ours is the run itself, placed as `alignfed
+simulate` places it (workers and cohorts of the recipe), every task judged and aggregated by the
+recipe's rule; neither side evaluates. Timed is the whole process: imports, start of the engine,
+loading of model and data. ``ratio_vs_flower_warm`` leaves all of that out on both sides: it begins
+when everything is loaded, in a run of its own on our side.
 
 Memory is of a side's whole tree of processes at its highest: ``rss`` counts a shared page in every
 process that maps it, ``pss`` divides it among them.
@@ -147,13 +148,13 @@ def figures(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
         return float(shown[key]["tasks_per_s"]["median"])
 
     ratios: dict[str, float] = {}
-    for name, kind in (
-        ("ratio_vs_flower_noop", "noop"),
-        ("ratio_vs_flower_noop_adapter", "noop_adapter"),
-        ("ratio_vs_flower_warm", "train"),
+    for name, ours_key, theirs_key in (
+        ("ratio_vs_flower_noop", "ours_noop", "flower_noop"),
+        ("ratio_vs_flower_noop_adapter", "ours_noop_adapter", "flower_noop_adapter"),
+        ("ratio_vs_flower_warm", "ours_warm_train", "flower_train"),
     ):
-        if f"ours_{kind}" in found:
-            ratios[name] = rate(f"ours_{kind}") / rate(f"flower_{kind}")
+        if ours_key in found:
+            ratios[name] = rate(ours_key) / rate(theirs_key)
     if "ours_train" in found:
         ours, theirs = (
             median(one["wall_s"] for one in found[side][1:])
@@ -176,7 +177,9 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=120, help="trained tasks of a repeat")
     parser.add_argument("--noop-tasks", type=int, default=600, help="answered tasks of a repeat")
     parser.add_argument("--nodes", type=int, default=64, help="Flower's nodes without training")
-    parser.add_argument("--threads", type=int, default=cores(), help="our torch threads")
+    parser.add_argument(
+        "--threads", type=int, default=cores(), help="our torch threads, unless --trainer recipe"
+    )
     parser.add_argument("--trainer", choices=("recipe", "local", "cohort"), default="recipe")
     parser.add_argument("--only", choices=("noop", "train"))
     options = parser.parse_args()
@@ -192,7 +195,12 @@ def main() -> None:
         pairs.write_text(json.dumps(planned(options.tasks)), encoding="utf-8")
         np.save(values, start)
         common = side_options(
-            options, pairs=str(pairs), start=str(values), payload=0, tasks=options.noop_tasks
+            options,
+            warm=False,
+            pairs=str(pairs),
+            start=str(values),
+            payload=0,
+            tasks=options.noop_tasks,
         )
         ours = side_options(common, tasks=10 * options.noop_tasks)
         loaded = {"payload": start.size}
@@ -203,6 +211,7 @@ def main() -> None:
             "ours_noop_adapter": ("ours_noop", side_options(ours, **loaded)),
             "flower_noop_adapter": ("flower_noop", side_options(common, **loaded)),
             "ours_train": ("ours_train", training),
+            "ours_warm_train": ("ours_train", side_options(training, warm=True)),
             "flower_train": ("flower_train", training),
         }
         if options.only is not None:
@@ -213,7 +222,7 @@ def main() -> None:
         figures(found)
         | {
             "trainer": options.trainer,
-            "our_threads": options.threads,
+            "our_threads": None if options.trainer == "recipe" else options.threads,
             "flower_actors": cores(),
             "flower_nodes_noop": options.nodes,
             "adapter_bytes": int(start.nbytes),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from alignfed.errors import AlignFedError
     from alignfed.replaying import ReplayResult, replay
     from alignfed.running import RunResult
+    from alignfed.sanitizing import Sanitized, sanitize
     from alignfed.study.ablation import ablate
     from alignfed.study.comparison import StudyResult, compare
 
@@ -25,6 +26,7 @@ _WHERE = {
     "Recipe": "alignfed.config",
     "ReplayResult": "alignfed.replaying",
     "RunResult": "alignfed.running",
+    "Sanitized": "alignfed.sanitizing",
     "StudyResult": "alignfed.study.comparison",
     "ablate": "alignfed.study.ablation",
     "compare": "alignfed.study.comparison",
@@ -32,6 +34,7 @@ _WHERE = {
     "load_recipe": "alignfed.config",
     "replay": "alignfed.replaying",
     "resume": "alignfed.api",
+    "sanitize": "alignfed.sanitizing",
     "simulate": "alignfed.api",
 }
 
@@ -40,6 +43,7 @@ __all__ = [
     "Recipe",
     "ReplayResult",
     "RunResult",
+    "Sanitized",
     "StudyResult",
     "ablate",
     "compare",
@@ -47,6 +51,7 @@ __all__ = [
     "load_recipe",
     "replay",
     "resume",
+    "sanitize",
     "simulate",
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from alignfed.config.section import BUILTIN, Section
 from alignfed.coordinating import make_coordinator, or_never
 from alignfed.core.adapter import Adapter
 from alignfed.core.lora import Exchange, exchange_of
-from alignfed.core.ports import ClientTrainer, Evaluation, Journal
+from alignfed.core.ports import Evaluation, Journal
 from alignfed.errors import FleetError, RecipeError
+from alignfed.journal.spill import spilled
 from alignfed.simulation.conditions import Conditions, GeneratedConditions, Variation
 from alignfed.simulation.cost import (
     ServerProfile,
@@ -33,7 +35,7 @@ from alignfed.simulation.traces import (
     livelab_devices,
     pensieve_conditions,
 )
-from alignfed.trainers import lora_settings, make_trainer
+from alignfed.trainers import CHOSEN, Placed, lora_settings, make_trainer
 from alignfed.training.calibration import CalibrationBatch
 from alignfed.training.data import DataSettings, FederatedData
 from alignfed.training.encoding import Encoder
@@ -54,8 +56,7 @@ class Loaded:
     Attributes:
         data: who holds which examples.
         base: the frozen base model.
-        trainer: trains clients.
-        cohort_size: tasks it is to be given together at most.
+        placed: what trains clients, and where.
         evaluator: scores adapters.
         calibrator: the server's calibration mini-batch, if it holds one.
         personal: scores clients' own adapters, where the LoRA rule leaves them a part.
@@ -63,8 +64,7 @@ class Loaded:
 
     data: FederatedData
     base: BaseModel
-    trainer: ClientTrainer
-    cohort_size: int
+    placed: Placed
     evaluator: HeldOutEvaluator
     calibrator: CalibrationBatch | None
     personal: PersonalEvaluator | None
@@ -82,6 +82,7 @@ class Simulation:
         fleet: the clients' devices.
         parts: what the engine is made of, without a journal.
         personal: scores clients' own adapters, where the LoRA rule leaves them a part.
+        notes: what somebody who watches the run should know.
     """
 
     recipe: Recipe
@@ -91,6 +92,7 @@ class Simulation:
     fleet: Fleet
     parts: EngineParts
     personal: PersonalEvaluator | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def initial_adapter(self) -> Adapter:
@@ -120,7 +122,7 @@ def load(recipe: Recipe) -> Loaded:
     data, template = build_data(recipe)
     base = load_base(model_settings(recipe, data.label_names), lora_settings(recipe), recipe.seed)
     encoder = Encoder(base, template, recipe.data.max_length)
-    trainer, cohort_size = make_trainer(recipe, base, encoder, template, data)
+    placed = make_trainer(recipe, base, encoder, template, data)
     scoring = recipe.evaluation
     settings = EvaluationSettings(
         scoring.scorer, scoring.max_new_tokens, scoring.score_examples, scoring.tokens_per_batch
@@ -131,8 +133,7 @@ def load(recipe: Recipe) -> Loaded:
     return Loaded(
         data,
         base,
-        trainer,
-        cohort_size,
+        placed,
         HeldOutEvaluator(base, encoder, data, settings),
         CalibrationBatch(base, encoder, data.calibration) if data.calibration else None,
         personal,
@@ -149,31 +150,36 @@ def assemble(loaded: Loaded, recipe: Recipe) -> Simulation:
     fleet = build_fleet(recipe.fleet, len(data.clients), recipe.seed)
     fleet.refuse_unanswered(recipe.server.task_timeout_s)
     refuse_huge_trace(fleet, recipe.fleet.record_s)
-    if recipe.training.cohort_size == "auto":
-        # What was measured belongs to the run: its recipe keeps it, and a resumed run reuses it.
-        measured = recipe.training.model_copy(update={"cohort_size": loaded.cohort_size})
-        recipe = recipe.model_copy(update={"training": measured})
+    # What was chosen belongs to the run: its recipe keeps it, and a resumed run reuses it.
+    chosen = {name: getattr(loaded.placed.training, name) for name in CHOSEN}
+    training = recipe.training.model_copy(update=chosen)
+    recipe = recipe.model_copy(update={"training": training})
     refuse_too_small(fleet.devices, training_memory(_training_shape(recipe, base)))
     with_score = recipe.evaluation.measure != "loss"
 
     def evaluate(adapter: Adapter) -> Evaluation:
         return evaluator.evaluate(adapter, with_score=with_score)
 
-    personal = loaded.personal
+    personal, folder = loaded.personal, recipe.server.buffer_folder
     parts = EngineParts(
         coordinator=make_coordinator(
-            recipe, loaded.calibrator, build_exchange(recipe, fleet, base.initial_adapter())
+            recipe,
+            loaded.calibrator,
+            build_exchange(recipe, fleet, base.initial_adapter()),
+            None if folder is None else partial(spilled, folder=Path(folder)),
         ),
-        trainer=loaded.trainer,
+        trainer=loaded.placed.trainer,
         fleet=fleet,
         server=ServerProfile(recipe.server.memory_bytes_per_s, recipe.server.flops_per_s),
         clients=tuple(data.clients),
         evaluate=evaluate,
         evaluate_own=None if personal is None else personal.evaluate,
-        cohort_size=loaded.cohort_size,
+        cohort_size=loaded.placed.cohort_size,
+        lookahead=loaded.placed.lookahead,
         calibration_flops_per_token=base.forward_flops_per_token(base.initial_adapter()),
     )
-    return Simulation(recipe, data, base, evaluator, fleet, parts, personal)
+    notes = loaded.placed.notes
+    return Simulation(recipe, data, base, evaluator, fleet, parts, personal, notes)
 
 
 def build_exchange(recipe: Recipe, fleet: Fleet, initial: Adapter) -> Exchange:

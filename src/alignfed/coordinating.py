@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from alignfed.config import Recipe
+from alignfed.core.adapter import Adapter
 from alignfed.core.aggregation import make_rule
 from alignfed.core.coordinator import Coordinator
 from alignfed.core.lora import Exchange, make_lora_rule
@@ -13,7 +15,10 @@ from alignfed.core.state import CoordinatorSettings, StopConditions
 
 
 def make_coordinator(
-    recipe: Recipe, calibrator: Calibrator | None, exchange: Exchange
+    recipe: Recipe,
+    calibrator: Calibrator | None,
+    exchange: Exchange,
+    put_by: Callable[[Adapter], Adapter] | None = None,
 ) -> Coordinator:
     """Return the coordinator of a recipe.
 
@@ -21,6 +26,7 @@ def make_coordinator(
         recipe: names rule, LoRA rule, settings.
         calibrator: the server's calibration mini-batch, if it holds one.
         exchange: what of an adapter travels, and at which rank.
+        put_by: where an accepted upload waits for its flush; None: in memory.
     """
     return Coordinator(
         coordinator_settings(recipe),
@@ -28,6 +34,7 @@ def make_coordinator(
         make_lora_rule(recipe.strategy.lora),
         calibrator,
         exchange,
+        put_by,
     )
 
 

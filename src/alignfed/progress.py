@@ -71,6 +71,7 @@ class RunSnapshot:
         loss: latest loss on the common evaluation set, in nats (None: none yet).
         score: latest score in [0, 1] (None: not measured).
         tokens: trained tokens reported: what ``Limits.tokens`` counts.
+        notes: what has happened so far that somebody should know, such as a lack of memory.
     """
 
     virtual_time_s: float
@@ -82,6 +83,7 @@ class RunSnapshot:
     loss: float | None = None
     score: float | None = None
     tokens: float = 0.0
+    notes: tuple[str, ...] = ()
 
 
 class ProgressView(Protocol):

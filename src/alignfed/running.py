@@ -19,7 +19,7 @@ from alignfed.closing import Closing, Scores, close_run, export_adapter, final_a
 from alignfed.core.adapter import Adapter
 from alignfed.core.events import EvaluationFinished, Event
 from alignfed.core.instructions import Evaluate, Instruction, Publish
-from alignfed.core.ports import Evaluation
+from alignfed.core.ports import Evaluation, TakesNotes
 from alignfed.errors import AlignFedError, JournalError
 from alignfed.interruption import interrupt_between_steps
 from alignfed.journal import (
@@ -87,6 +87,7 @@ class Run:
         codec = Codec(rule_state_class(rule), *CHECKPOINTED)
         self.checkpoints = Checkpoints(journal, codec, self.recorder.payloads)
         self.warnings: tuple[str, ...] = ()
+        self.notes: tuple[str, ...] = ()
         self.expected_cohorts: deque[tuple[int, ...]] = deque()
         self.engine: Engine | None = None
         self.earlier_s = 0.0
@@ -202,6 +203,7 @@ class Run:
                 "lost_tasks": state.lost_tasks,
                 "server_busy_s": state.server_busy_s,
                 "duplicates_removed": simulation.data.removed,
+                **({"notes": [*simulation.notes, *self.notes]} if self.notes else {}),
             },
         )
         exported = final_adapter(closing)
@@ -258,11 +260,13 @@ class Run:
             buffer_size=recipe.server.buffer_size,
             limits=Limits(stop.virtual_time_s, stop.uploads, stop.versions, stop.tokens),
             resumed=resumed,
-            warnings=self.warnings,
+            warnings=(*self.warnings, *simulation.notes),
         )
 
     def _snapshot(self, engine: Engine) -> RunSnapshot:
-        state = engine.state
+        state, trainer = engine.state, self.simulation.parts.trainer
+        if isinstance(trainer, TakesNotes):
+            self.notes += tuple(trainer.take_notes())
         return RunSnapshot(
             virtual_time_s=state.now_s,
             version=state.coordinator.version,
@@ -273,6 +277,7 @@ class Run:
             loss=self.loss,
             score=self.score,
             tokens=state.coordinator.tokens,
+            notes=self.notes,
         )
 
 

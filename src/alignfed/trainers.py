@@ -3,22 +3,62 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
-from alignfed.config import Recipe
+import torch
+
+from alignfed.config import Recipe, TrainingSection
 from alignfed.core.aggregation import make_rule
 from alignfed.core.lora import exchange_of
-from alignfed.core.ports import ClientTrainer, TrainingJob
+from alignfed.core.ports import ClientTrainer, TaskWork, TrainingJob
 from alignfed.core.update import Task
+from alignfed.prestart import usable_cores
 from alignfed.training.cohort import MAX_WIDTH, CohortTrainer
 from alignfed.training.data import FederatedData
 from alignfed.training.encoding import Encoder
 from alignfed.training.local import LocalSettings, LocalTrainer
 from alignfed.training.models import BaseModel
+from alignfed.training.ray_cohorts import RaySettings, RayTrainer
 from alignfed.training.ray_worker import TrainerSetup
 from alignfed.training.settings import LoraSettings
 from alignfed.training.templates import TemplateSettings
+from alignfed.training.width import free_bytes
 from alignfed.training.worker_pool import PoolTrainer
+
+WORKER_BYTES = 512 << 20
+"""What a worker holds besides its base: the libraries, batches and activations of a small model."""
+
+
+CHOSEN = ("cohort_size", "workers", "threads")
+"""Keys of a recipe that may say "auto"; a run's own recipe has the numbers."""
+
+MOST_PARAMETERS = 50_000_000
+"""Larger bases use a machine's cores within their own operations, and need no copies."""
+
+WORTH_FLOPS = 5e11
+"""Training that a core does in some ten seconds: about what it takes to start workers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A trainer, and how it is to be used.
+
+    Attributes:
+        trainer: trains clients.
+        training: the recipe's section with every number in it, for the run's record.
+        cohort_size: tasks the trainer is to be given together at most.
+        lookahead: tasks it may hold at most, where it computes in the background.
+        notes: what somebody who watches the run should know.
+    """
+
+    trainer: ClientTrainer
+    training: TrainingSection
+    cohort_size: int
+    lookahead: int
+    notes: tuple[str, ...] = ()
 
 
 def make_trainer(
@@ -27,21 +67,43 @@ def make_trainer(
     encoder: Encoder,
     template: TemplateSettings,
     data: FederatedData,
-) -> tuple[ClientTrainer, int]:
-    """Return what trains clients, and how many tasks it is to be given together at most."""
+) -> Placed:
+    """Return what trains clients, where, and how many together.
+
+    Numbers of torch threads are this process's too: what it computes itself is rounded by them.
+
+    Raises:
+        AlignFedError: workers cannot be had where the recipe wants them.
+    """
     training, settings, seed = recipe.training, local_settings(recipe), recipe.seed
     alone = LocalTrainer(base, encoder, data.clients, settings, seed)
+    tasks = [Task(i, client_id, 0, 0) for i, client_id in enumerate(data.clients)][:MAX_WIDTH]
+    workers = training.workers
+    if workers == "auto":
+        workers = _fitting_workers(recipe, base, [alone.work(task) for task in tasks])
+    beside = workers > 1 or training.workers_on == "ray"
+    if training.threads != "auto":
+        torch.set_num_threads(training.threads)
+    elif beside:
+        torch.set_num_threads(1)
+    threads = torch.get_num_threads()
     width = training.cohort_size
-    if width == 1 and training.workers == 1:
-        return alone, 1
+    notes: tuple[str, ...] = ()
     if width == "auto":
         together = CohortTrainer(base, encoder, data.clients, settings, seed)
-        first = [Task(i, client_id, 0, 0) for i, client_id in enumerate(data.clients)]
-        jobs = [TrainingJob(task, base.initial_adapter()) for task in first[:MAX_WIDTH]]
-        width = training.workers * together.choose_width(jobs).width
-    if training.workers == 1:
-        return CohortTrainer(base, encoder, data.clients, settings, seed, width=width), width
-    share = math.ceil(width / training.workers)
+        jobs = [TrainingJob(task, base.initial_adapter()) for task in tasks]
+        most = max(1, min(MAX_WIDTH, recipe.server.concurrency // workers))
+        chosen = together.choose_width(jobs, max_width=most)
+        width, notes = chosen.width, chosen.notes
+    training = training.model_copy(
+        update={"cohort_size": width, "workers": workers, "threads": threads}
+    )
+    kind = LocalTrainer if width == 1 else partial(CohortTrainer, width=width)
+    trainer: ClientTrainer = alone
+    if not beside:
+        if width > 1:
+            trainer = kind(base, encoder, data.clients, settings, seed)
+        return Placed(trainer, training, width, width, notes)
     setup = TrainerSetup(
         model=base.settings,
         lora=lora_settings(recipe),
@@ -50,10 +112,37 @@ def make_trainer(
         clients=data.clients,
         settings=settings,
         seed=seed,
-        trainer=LocalTrainer if share == 1 else partial(CohortTrainer, width=share),
+        trainer=kind,
     )
-    pool = PoolTrainer(setup, alone.work, training.workers)
-    return pool, max(width, training.workers)
+    if training.workers_on == "ray":
+        on_ray = RaySettings(
+            num_workers=workers,
+            num_cpus=threads,
+            num_gpus=1.0 if base.device.type == "cuda" else 0.0,
+            threads=threads,
+            cohort_size=width,
+            address=training.ray_address,
+        )
+        trainer = RayTrainer(setup, alone.work, on_ray)
+        return Placed(trainer, training, width * workers, width * workers, notes)
+    trainer = PoolTrainer(setup, alone.work, workers, threads)
+    return Placed(trainer, training, width, 2 * width * workers, notes)
+
+
+def _fitting_workers(recipe: Recipe, base: BaseModel, works: Sequence[TaskWork]) -> int:
+    """Return how many workers pay on this machine, by sizes alone: nothing is measured."""
+    if multiprocessing.current_process().daemon:
+        return 1  # a study's worker: the other cores have runs of their own
+    sizes, stop = base.architecture, recipe.stop
+    flops = sum(one.tokens * one.flops_per_token for one in works) / len(works)
+    tokens = sum(one.tokens for one in works) / len(works)
+    uploads = min(stop.uploads or math.inf, (stop.tokens or math.inf) / tokens)
+    small = base.device.type == "cpu" and sizes.num_parameters <= MOST_PARAMETERS
+    if not small or uploads * flops < WORTH_FLOPS:
+        return 1
+    free = free_bytes(base.device)
+    fit = usable_cores() if free is None else int(free / (4 * sizes.weight_bytes + WORKER_BYTES))
+    return max(1, min(usable_cores(), recipe.server.concurrency, fit))
 
 
 def lora_settings(recipe: Recipe) -> LoraSettings:

@@ -54,7 +54,7 @@ def test_help_teaches_the_first_steps():
 
 @pytest.mark.parametrize(
     "command",
-    ["simulate", "resume", "strategies", "fleets", "init", "plan", "compare", "ablate"],
+    ["simulate", "resume", "strategies", "fleets", "init", "plan", "compare", "ablate", "sanitize"],
 )
 def test_every_command_shows_an_example(command):
     result = run(command, "--help")

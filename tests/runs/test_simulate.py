@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -100,6 +102,14 @@ def test_the_same_seed_gives_the_same_journal_rows_and_the_same_adapter(finished
     assert other.summary["adapter_checksum"] != finished.summary["adapter_checksum"]
 
 
+def test_a_buffer_on_disk_changes_no_bit_and_leaves_nothing_behind(finished, tmp_path):
+    folder = tmp_path / "buffer"
+    overrides = [*SMALL, f"server.buffer_folder={folder}"]
+    mapped = alignfed.simulate(None, tmp_path / "mapped", overrides=overrides)
+    assert mapped.summary["adapter_checksum"] == finished.summary["adapter_checksum"]
+    assert list(folder.iterdir()) == []
+
+
 @pytest.mark.parametrize("rule", sorted(set(RULES) - {"alignfed"}))
 def test_every_rule_learns_on_the_built_in_data(rule, tmp_path):
     overrides = [*SMALL, f"strategy.rule={rule}", *STEPS.get(rule, ())]
@@ -121,9 +131,48 @@ def test_training_tasks_together_gives_the_same_run_to_rounding(finished, tmp_pa
 
 
 @pytest.mark.slow
-def test_processes_side_by_side_give_the_very_same_run(finished, tmp_path):
-    beside = alignfed.simulate(None, tmp_path / "beside", overrides=[*SMALL, "training.workers=2"])
-    assert beside.summary["adapter_checksum"] == finished.summary["adapter_checksum"]
+def test_however_many_processes_give_the_very_same_run(finished, tmp_path):
+    two, three = (
+        alignfed.simulate(
+            None, tmp_path / str(workers), overrides=[*SMALL, f"training.workers={workers}"]
+        )
+        for workers in (2, 3)
+    )
+    assert two.summary["adapter_checksum"] == three.summary["adapter_checksum"]
+    assert two.summary["virtual_time_s"] == finished.summary["virtual_time_s"]
+    assert two.summary["final_eval_loss"] == pytest.approx(
+        finished.summary["final_eval_loss"], rel=1e-2
+    )
+    training = alignfed.load_recipe(two.directory / "recipe.toml").training
+    assert (training.workers, training.threads) == (2, 1)
+
+
+@pytest.mark.slow
+def test_a_cohort_of_one_gives_the_same_bits_wherever_it_is_trained(tmp_path):
+    singly = [*SMALL, "stop.uploads=4", "training.cohort_size=1"]
+    here, there = (
+        alignfed.simulate(None, tmp_path / name, overrides=[*singly, f"training.workers={workers}"])
+        for name, workers in (("here", 1), ("there", 2))
+    )
+    assert here.summary["adapter_checksum"] == there.summary["adapter_checksum"]
+
+
+@pytest.mark.slow
+def test_a_script_without_a_main_guard_may_use_workers(tmp_path):
+    script = tmp_path / "plain.py"
+    lines = [*SMALL, "stop.uploads=2", "training.workers=2"]
+    script.write_text(
+        "import alignfed\nprint('begun')\n"
+        f"alignfed.simulate(None, {str(tmp_path / 'run')!r}, overrides={lines!r})\n"
+    )
+    found = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert found.stdout.count("begun") == 1
+
+
+def test_what_was_chosen_for_training_is_kept_with_the_run(finished):
+    training = alignfed.load_recipe(finished.directory / "recipe.toml").training
+    assert training.workers == 1  # so few uploads are not worth starting processes for
+    assert training.threads == torch.get_num_threads()
 
 
 def test_a_measured_width_is_kept_with_the_run(tmp_path):

@@ -57,7 +57,7 @@ def test_a_study_without_a_target_or_an_amount_of_work_is_refused():
     with pytest.raises(RecipeError, match="keep one target"):
         default_recipe(["compare.target_loss=1"])
     with pytest.raises(RecipeError, match=r"evaluation\.scorer"):
-        default_recipe(["evaluation.scorer=none"])
+        target_of(default_recipe(["evaluation.scorer=none"]))
 
 
 @pytest.mark.parametrize("rule", [name for name in RULES if name != "alignfed"])

@@ -108,3 +108,52 @@ def test_what_a_worker_raises_arrives_as_it_is():
             pool.train(jobs(1))
     finally:
         pool.close()
+
+
+@dataclass(frozen=True)
+class Talkative:
+    """Has something to say after every call."""
+
+    def __call__(self):
+        return self
+
+    def work(self, task):
+        return cost(task)
+
+    def take_notes(self):
+        return ("a cohort ran out of memory",)
+
+    def train(self, jobs):
+        return [TrainingResult(moved(job.adapter, job.task.task_id), 4, {}) for job in jobs]
+
+
+@pytest.mark.slow
+def test_what_a_worker_notes_is_said_once_and_results_may_be_taken_in_any_order():
+    given = jobs(4)
+    expected = Talkative().train(given)
+    pool = PoolTrainer(Talkative(), cost, 2)
+    try:
+        first, second = pool.submit(given[:2]), pool.submit(given[2:])
+        found = [*second.results(), *first.results()]
+        order = [*expected[2:], *expected[:2]]
+        assert [r.adapter.checksum for r in found] == [r.adapter.checksum for r in order]
+        assert first.results() == first.results()
+        assert pool.take_notes() == ("a cohort ran out of memory",)
+        assert pool.take_notes() == ()
+    finally:
+        pool.close()
+
+
+@pytest.mark.slow
+def test_a_worker_killed_between_shares_costs_no_result():
+    given = jobs(4)
+    expected = Talkative().train(given)
+    pool = PoolTrainer(Talkative(), cost, 2)
+    try:
+        pool.train(given)
+        for process_id in pool.process_ids():
+            os.kill(process_id, signal.SIGKILL)
+        found = pool.train(given)
+    finally:
+        pool.close()
+    assert [r.adapter.checksum for r in found] == [r.adapter.checksum for r in expected]

@@ -98,9 +98,12 @@ def simulate(
     ] = False,
 ) -> None:
     """Run a federated fine-tuning on a virtual clock, and keep recipe, journal and adapter."""
-    from alignfed.config import default_recipe, load_recipe
+    from alignfed.prestart import start_server_if_likely
 
     changes = overrides or []
+    start_server_if_likely(recipe, changes)
+    from alignfed.config import default_recipe, load_recipe
+
     loaded = load_recipe(recipe, changes) if recipe is not None else default_recipe(changes)
     directory = out if out is not None else _new_directory(loaded.name)
     from alignfed import api
@@ -117,9 +120,56 @@ def resume(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory.")],
 ) -> None:
     """Go on with a run that was interrupted; the result is that of an uninterrupted one."""
+    from alignfed.prestart import start_server_if_likely
+
+    start_server_if_likely(directory / "recipe.toml", [])
     from alignfed import api
 
     _watch(directory, lambda view: api.resume(directory, view=view))
+
+
+@app.command(
+    epilog="Example: [b]alignfed sanitize runs/mine --harmful triggers.jsonl[/b]; "
+    "the adapter is then in runs/mine/sanitized"
+)
+@refusing
+def sanitize(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A finished run's directory.")],
+    harmful: Annotated[
+        Path,
+        typer.Option(
+            "--harmful",
+            metavar="FILE",
+            help="Examples of what the model must no longer do, in the columns of the run's data "
+            "(JSON, JSONL, CSV or Parquet): prompts, and the responses to unlearn.",
+        ),
+    ],
+    reduce_to: Annotated[
+        float,
+        typer.Option(
+            "--reduce-to",
+            metavar="SHARE",
+            help="What may be left of harmful responses given; less costs more of the model.",
+        ),
+    ] = 0.25,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Folder to write; DIR/sanitized if left out."),
+    ] = None,
+) -> None:
+    """Prune from a finished run's adapter what harmful responses depend on (after Antidote).
+
+    Nothing is trained. As few weights are set to zero as bring the harm down, chosen by what that
+    costs on the run's calibration set. Prints how often the harmful responses are given, and what
+    the model can still do, before and after; writes a standard PEFT adapter beside the run's own.
+    """
+    from alignfed.cli.summary import sanitized_table
+    from alignfed.sanitizing import sanitize as run
+
+    done = run(directory, harmful, reduce_to=reduce_to, out=out)
+    console = _console()
+    console.print(sanitized_table(done.report))
+    console.print(f"adapter: {done.adapter}", soft_wrap=True)
 
 
 app.command(

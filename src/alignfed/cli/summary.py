@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.table import Table
@@ -19,6 +19,31 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table.add_column("")
     for row in (*_quality(summary), *_time(summary), *_clients(summary)):
         table.add_row(*row)
+    return table
+
+
+def sanitized_table(report: Mapping[str, Any]) -> Table:
+    """Return what pruning an adapter changed, from the content of ``sanitize.json``."""
+    before, after = report["before"], report["after"]
+    table = Table(title="sanitised", title_justify="left", title_style="bold")
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    harmful = report["harmful_examples"]
+    rows: list[tuple[str, str, Callable[[float], str]]] = [
+        (f"harmful responses given, of {harmful}", "harmful_success", percent),
+        ("harmful loss (nats; higher is better)", "harmful_loss", decimal),
+        ("evaluation loss (nats)", "eval_loss", decimal),
+        (str(report["scorer"]).replace("_", " "), "eval_score", percent),
+        ("calibration loss (nats)", "calibration_loss", decimal),
+    ]
+    for title, key, show in rows:
+        if after[key] is not None:
+            table.add_row(title, show(before[key]), show(after[key]))
+    share = f"{report['zeroed_weights'] / report['weights']:.2%}, by {report['score']}"
+    table.add_row("weights set to zero", "", f"{report['zeroed_weights']} ({share})")
+    if not report["reached"]:
+        table.caption = f"Harm is not down to {percent(report['reduce_to'])} of what it was."
     return table
 
 

@@ -76,7 +76,10 @@ class RunView:
     def progress(self, snapshot: RunSnapshot) -> None:
         """Keep the latest figures; write a line now and then where nothing is redrawn."""
         now_s = self._clock()
+        known = 0 if self._last is None else len(self._last.notes)
         self._last = snapshot
+        for note in snapshot.notes[known:]:
+            self._console.print(f"note: {note}", highlight=False, markup=False)
         if self._first is None:
             self._first = (now_s, self._fraction(snapshot) or 0.0)
         if self._live is None and now_s - self._line_at_s >= PLAIN_EVERY_S:

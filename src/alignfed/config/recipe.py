@@ -58,7 +58,6 @@ class Recipe(Section):
             *_rule_problems(self),
             *_length_problems(self),
             *_server_problems(self),
-            *_compare_problems(self),
         ]
         if problems:
             raise UnfitError(problems)
@@ -197,12 +196,4 @@ def _server_problems(recipe: Recipe) -> Iterator[Problem]:
             "server.concurrency",
             f"{recipe.server.concurrency} tasks in flight need as many clients;"
             f" data.partition.num_clients = {clients}",
-        )
-
-
-def _compare_problems(recipe: Recipe) -> Iterator[Problem]:
-    if recipe.compare.target_score is not None and recipe.evaluation.scorer == "none":
-        yield (
-            "compare.target_score",
-            'needs a score, but evaluation.scorer is "none"; name a scorer, or set target_loss',
         )

@@ -20,15 +20,33 @@ class TrainingSection(Section):
     cohort_size: int | Literal["auto"] = key(
         1,
         "Tasks under way that are trained in one pass; the same to rounding. auto: as many as a"
-        " short measurement finds fastest, within the memory there is; the run keeps the number.",
+        " short measurement finds fastest, within the memory there is; the run keeps the number,"
+        " but another run may measure another one.",
         allowed='a whole number from 1 to 1024, or "auto"',
     )
-    workers: int = key(
-        1,
-        "Processes of this machine that train tasks under way side by side, one thread and one"
-        " copy of the base each; the same to rounding.",
-        ge=1,
-        le=256,
+    workers: int | Literal["auto"] = key(
+        "auto",
+        "Processes that train tasks under way side by side, one copy of the base each; the same to"
+        " rounding. 1: the run's own process. auto: one a core for a small model on a CPU, where"
+        " there is enough to train; else 1. The run keeps the number.",
+        allowed='a whole number from 1 to 1024, or "auto"',
+    )
+    threads: int | Literal["auto"] = key(
+        "auto",
+        "Torch threads of each process that trains; rounding depends on them. auto: 1 beside other"
+        " workers, else what torch finds. The run keeps the number.",
+        allowed='a whole number from 1 to 1024, or "auto"',
+    )
+    workers_on: Literal["processes", "ray"] = key(
+        "processes",
+        "Where workers are: processes of this machine, or Ray's, on one machine or several (pip"
+        " install alignfed[ray]).",
+    )
+    ray_address: str | None = key(
+        None,
+        'Address of the running Ray cluster, or "auto". Unset: Ray is started on this machine.',
+        min_length=1,
+        suggested="auto",
     )
     learning_rate: float = key(1e-3, "AdamW's learning rate, after the warm-up.", gt=0, le=10)
     warmup_steps: int = key(0, "Steps over which the learning rate rises from 0.", ge=0)
@@ -48,9 +66,13 @@ class TrainingSection(Section):
 
     @model_validator(mode="after")
     def _one_amount(self) -> TrainingSection:
-        if self.cohort_size != "auto" and not 1 <= self.cohort_size <= 1024:
+        for name in ("cohort_size", "workers", "threads"):
+            value = getattr(self, name)
+            if value != "auto" and not 1 <= value <= 1024:
+                raise UnfitError([(name, f'is {value}, must be from 1 to 1024, or "auto"')])
+        if self.ray_address is not None and self.workers_on != "ray":
             raise UnfitError(
-                [("cohort_size", f'is {self.cohort_size}, must be from 1 to 1024, or "auto"')]
+                [("ray_address", 'is set, but workers_on is not "ray"; set that, or remove this')]
             )
         if self.steps is None and self.epochs is None:
             raise UnfitError([("steps", "say how much a task trains: set steps or epochs")])
@@ -118,6 +140,12 @@ class ServerSection(Section):
         20e9, "The server's memory bandwidth, for its modelled time.", gt=0
     )
     flops_per_s: float = key(1e12, "The server's achieved FLOP/s, for its modelled time.", gt=0)
+    buffer_folder: str | None = key(
+        None,
+        "Folder on disk where accepted uploads wait, mapped into memory: for buffers larger than"
+        " memory under rules that hold them (ace, alignfed, ca2fl, port). Unset: memory.",
+        suggested="buffer",
+    )
 
     @model_validator(mode="after")
     def _backoff_grows(self) -> ServerSection:

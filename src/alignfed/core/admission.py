@@ -159,7 +159,7 @@ def check_numbers(update: Update, update_norm: float, history: NormHistory) -> R
     if not math.isfinite(update_norm) and not update.adapter.is_finite():
         return Rejection(RejectReason.NOT_FINITE, "the adapter holds NaN or infinite elements")
     for name, value in update.metrics.items():
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
             return Rejection(RejectReason.NOT_FINITE, f"metric {name!r} is {value!r}")
     limit = history.limit()
     if math.isfinite(update_norm) and update_norm <= limit:
@@ -206,7 +206,7 @@ def _check_buffers(adapter: Adapter, expected: AdapterLayout) -> Rejection | Non
         buffer = adapter.buffers.get(dtype)
         if buffer is None or buffer.dtype != dtype:
             return Rejection(RejectReason.WRONG_DTYPE, f"no {dtype} buffer of {count} elements")
-        if buffer.shape != (count,):
+        if buffer.ndim != 1 or buffer.numel() != count:
             return Rejection(
                 RejectReason.WRONG_SHAPE,
                 f"{dtype} buffer is {tuple(buffer.shape)}, expected ({count},)",

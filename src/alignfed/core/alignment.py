@@ -70,11 +70,12 @@ def rank_maps(base: Adapter, current: Adapter, ridge: float) -> Mapping[str, Ran
         new = current.lora[name]
         a_old, a_new = old.a.float(), new.a.float()
         b_old, b_new = old.b.float(), new.b.float()
-        squares = torch.stack([t.square().sum() for t in (a_old, a_new, b_old, b_new)])
-        floor = ridge * squares.sum() / (4 * old.rank)
+        a_square, b_square = a_new @ a_new.T, b_new.T @ b_new
+        squares = torch.stack([t.norm().square() for t in (a_old, b_old)]).sum()
+        floor = ridge * (squares + a_square.trace() + b_square.trace()) / (4 * old.rank)
         # The right factor is the transpose of a system solved from the left.
-        right = _damped_solve(a_new @ a_new.T, a_new @ a_old.T, floor).T
-        left = _damped_solve(b_new.T @ b_new, b_new.T @ b_old, floor)
+        right = _damped_solve(a_square, a_new @ a_old.T, floor).T
+        left = _damped_solve(b_square, b_new.T @ b_old, floor)
         maps[name] = RankMap(left, right)
     return maps
 
@@ -143,8 +144,8 @@ def replay_grams(
         new = current.lora[name]
         right, left = maps[name].right.double(), maps[name].left.double()
         found[name] = (
-            _replay_gram(right, new.a.double(), old.a.double()),
-            _replay_gram(left.T, new.b.double().T, old.b.double().T),
+            _replay_gram(right, new.a.float(), old.a.float()),
+            _replay_gram(left.T, new.b.float().T, old.b.float().T),
         )
     return found
 
@@ -317,8 +318,10 @@ def _damped_solve(gram: Tensor, cross: Tensor, floor: Tensor) -> Tensor:
 
 
 def _replay_gram(turn: Tensor, new: Tensor, old: Tensor) -> ReplayGrams:
+    # Taken first: it is small beside what did not move, and its products stay exact to fp32.
     moved = new - old
-    return ReplayGrams(turn, new @ new.T, new @ moved.T, moved @ moved.T)
+    now, cross, square = (new @ new.T, new @ moved.T, moved @ moved.T)
+    return ReplayGrams(turn, now.double(), cross.double(), square.double())
 
 
 def _plus_part(base: Adapter, delta: Adapter, part: str) -> Adapter:

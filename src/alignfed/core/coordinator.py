@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from alignfed.core import admission, tasks
-from alignfed.core.adapter import Adapter, distance
+from alignfed.core.adapter import Adapter, distance, with_layout
 from alignfed.core.events import (
     ClientJoined,
     ClientLeft,
@@ -44,11 +45,12 @@ from alignfed.core.ports import (
     Calibrator,
     Flush,
     LoraRule,
+    Scheduler,
     Step,
     scheduler_of,
+    work_ahead,
 )
 from alignfed.core.state import CoordinatorSettings, CoordinatorState, Snapshot
-from alignfed.core.steps import refused, with_layout
 from alignfed.core.update import Task, Update
 from alignfed.errors import CoordinatorError
 
@@ -63,6 +65,8 @@ class Coordinator:
         lora: how LoRA factors combine.
         calibrator: the server's calibration mini-batch, if it holds one.
         exchange: what of an adapter travels, and at which rank.
+        put_by: returns an accepted upload as it is to wait, for example mapped from disk; None
+            leaves it as it came.
     """
 
     settings: CoordinatorSettings
@@ -70,6 +74,12 @@ class Coordinator:
     lora: LoraRule
     calibrator: Calibrator | None = None
     exchange: Exchange = WHOLE
+    put_by: Callable[[Adapter], Adapter] | None = None
+
+    @cached_property
+    def scheduler(self) -> Scheduler | None:
+        """The rule's scheduler, if it has one."""
+        return scheduler_of(self.rule)
 
     def initial_state(self, adapter: Adapter) -> CoordinatorState:
         """Return the state before the first event, with ``adapter`` as version 0."""
@@ -78,7 +88,7 @@ class Coordinator:
             rule_state=self.rule.init(adapter),
             norms=admission.NormHistory(self.settings.max_norm_ratio),
             snapshots={0: Snapshot(adapter)},
-            schedule=None if (scheduler := scheduler_of(self.rule)) is None else scheduler.begin(),
+            schedule=None if self.scheduler is None else self.scheduler.begin(),
         )
 
     def handle(
@@ -127,19 +137,18 @@ class Coordinator:
         update = event.update
         task = state.tasks.get(update.task_id)
         snapshot = state.snapshots.get(update.base_version)
-        rejection, adapter, update_norm = self._judge(state, update, task, snapshot)
-        settings, now_s = self.settings, event.time_s
+        judged = self._judge(state, update, task, snapshot)
+        refused = isinstance(judged, admission.Rejection)
+        now_s = event.time_s
         if task is not None and task.client_id == update.client_id:
             state.received += 1
             state.tokens += update.reported_tokens
-            tasks.end_task(state, settings, task, now_s, failed=rejection is not None)
-        if rejection is not None:
-            state.rejections[rejection.reason] += 1
-            out.append(Reject(update.task_id, update.client_id, rejection.reason, rejection.detail))
-        elif snapshot is not None:
-            sent = snapshot.sent_to(self.exchange, update.client_id)
-            adapter, base = self.exchange.compared(adapter, sent, snapshot.adapter)
-            self._buffer(state, update, adapter, base, update_norm, now_s)
+            tasks.end_task(state, self.settings, task, now_s, failed=refused)
+        if isinstance(judged, admission.Rejection):
+            state.rejections[judged.reason] += 1
+            out.append(Reject(update.task_id, update.client_id, judged.reason, judged.detail))
+        else:
+            self._buffer(state, update, *judged, now_s)
         self._after_answer(state, now_s, out)
 
     def _on_upload_refused(
@@ -183,7 +192,7 @@ class Coordinator:
             return
         tasks.expire_due(state, self.settings, now_s)
         tasks.end_pauses(state, now_s)
-        if state.flush_due_s <= now_s and scheduler_of(self.rule) is None:
+        if state.flush_due_s <= now_s and self.scheduler is None:
             self._close_round(state, now_s)
             self._flush(state, now_s, out)
         else:
@@ -212,7 +221,7 @@ class Coordinator:
         settings, synchronous = self.settings, self.rule.synchronous
         if synchronous and (state.tasks or state.buffer):
             return
-        given = tasks.hand_out(state, settings, now_s, scheduler_of(self.rule))
+        given = tasks.hand_out(state, settings, now_s, self.scheduler)
         snapshot = state.snapshots[state.version]
         for task in given:
             out.append(Dispatch(task, snapshot.sent_to(self.exchange, task.client_id)))
@@ -227,11 +236,10 @@ class Coordinator:
         update: Update,
         task: Task | None,
         snapshot: Snapshot | None,
-    ) -> tuple[admission.Rejection | None, Adapter, float]:
-        adapter = update.adapter
+    ) -> admission.Rejection | tuple[Adapter, Adapter, float]:
+        """Return why an upload is refused, or the pair that the rules see, and its norm."""
         if state.stopped is not None:
-            over = admission.Rejection(RejectReason.RUN_STOPPED, f"the run ended: {state.stopped}")
-            return over, adapter, 0.0
+            return admission.Rejection(RejectReason.RUN_STOPPED, f"the run ended: {state.stopped}")
         if (
             task is None
             or snapshot is None
@@ -239,7 +247,7 @@ class Coordinator:
             or task.base_version != update.base_version
         ):
             # A task in flight has a client that joined and a version that is held.
-            rejection = admission.check_origin(
+            stranger = admission.check_origin(
                 update,
                 known_client=update.client_id in state.clients,
                 in_flight=task,
@@ -248,14 +256,19 @@ class Coordinator:
                 server_version=state.version,
                 versions=state.snapshots,
             )
-            return rejection, adapter, 0.0
-        sent = snapshot.sent_to(self.exchange, update.client_id)
-        rejection = admission.check_shape(update, self.exchange.upload_layout(sent.layout))
-        if rejection is not None:
-            return rejection, adapter, 0.0
-        adapter = with_layout(self.exchange.complete(adapter, sent), sent)
+            assert stranger is not None
+            return stranger
+        exchange, sent = self.exchange, snapshot.sent_to(self.exchange, update.client_id)
+        expected = exchange.upload_layout(sent.layout)
+        if (rejection := admission.check_shape(update, expected)) is not None:
+            return rejection
+        # From here on equal layouts are one object, so that nobody compares them again.
+        upload = with_layout(update.adapter, expected)
+        adapter = with_layout(exchange.complete(upload, sent), sent.layout)
         update_norm = distance(adapter, sent)
-        return admission.check_numbers(update, update_norm, state.norms), adapter, update_norm
+        if (rejection := admission.check_numbers(update, update_norm, state.norms)) is not None:
+            return rejection
+        return *exchange.compared(adapter, sent, snapshot.adapter), update_norm
 
     def _buffer(
         self,
@@ -286,16 +299,19 @@ class Coordinator:
             adapter.layout.size_bytes + base.layout.size_bytes,
         )
         state.buffer.append(entry)
+        if self.put_by is not None:
+            adapter = self.put_by(adapter)
         state.gathered = rule.receive(state.gathered, entry, adapter, base, self.lora)
+        work_ahead(rule, state.gathered, state.adapter, self.lora)
 
     def _flush_if_complete(
         self, state: CoordinatorState, now_s: float, out: list[Instruction]
     ) -> None:
         if self.rule.synchronous:
             complete = not state.tasks
-        elif (scheduler := scheduler_of(self.rule)) is not None:
+        elif self.scheduler is not None:
             accepted = {entry.task_id for entry in state.buffer}
-            complete = scheduler.settle(state.schedule, state.tasks, accepted, now_s)
+            complete = self.scheduler.settle(state.schedule, state.tasks, accepted, now_s)
         else:
             complete = len(state.buffer) >= self.settings.buffer_size
         if complete:
@@ -325,7 +341,7 @@ class Coordinator:
         if step.adapter.is_finite():
             state.rule_state = rule_state
         else:
-            step = refused(step, state.adapter)
+            step = step.refused(state.adapter)
         state.buffer.clear()
         self._publish(state, step, updates, out)
         if state.version % self.settings.evaluate_every == 0:
@@ -344,7 +360,7 @@ class Coordinator:
             del state.snapshots[state.version]
         adapter = step.adapter
         if adapter.layout == state.adapter.layout:
-            adapter = with_layout(adapter, state.adapter)
+            adapter = with_layout(adapter, state.adapter.layout)
         state.version += 1
         state.adapter = adapter
         state.snapshots[state.version] = Snapshot(adapter)

@@ -5,21 +5,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TypeAlias
 
 from alignfed.core.reasons import RejectReason
 from alignfed.core.update import Update
+from alignfed.core.value import value
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class RunStarted:
     """The run begins; the adapter of version 0 is in place."""
 
     time_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class ClientJoined:
     """A client became reachable and may be given work."""
 
@@ -27,7 +27,7 @@ class ClientJoined:
     client_id: int
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class ClientLeft:
     """A client is no longer reachable; a task it holds may still come back."""
 
@@ -35,7 +35,7 @@ class ClientLeft:
     client_id: int
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class UpdateArrived:
     """An upload reached the server."""
 
@@ -43,7 +43,7 @@ class UpdateArrived:
     update: Update
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class UploadRefused:
     """An upload came of which no update can be made: the driver says why it refuses it."""
 
@@ -54,7 +54,7 @@ class UploadRefused:
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class TaskFailed:
     """A client reported, or the driver learned, that a task will not be finished."""
 
@@ -64,14 +64,14 @@ class TaskFailed:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class TimerFired:
     """The time of the latest ``SetTimer`` has come."""
 
     time_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class EvaluationFinished:
     """The common evaluation set was scored with one version's adapter."""
 

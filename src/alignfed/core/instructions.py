@@ -10,6 +10,7 @@ from typing import TypeAlias
 from alignfed.core.adapter import Adapter
 from alignfed.core.reasons import RejectReason
 from alignfed.core.update import Task
+from alignfed.core.value import value
 
 
 class StopReason(StrEnum):
@@ -23,7 +24,7 @@ class StopReason(StrEnum):
     PATIENCE = "patience"
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Dispatch:
     """Send a task and the adapter of its base version to its client."""
 
@@ -41,7 +42,7 @@ class Reject:
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class AppliedUpload:
     """What one upload did in a flush.
 
@@ -71,7 +72,7 @@ class ServerWork:
     calibration_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Publish:
     """A flush made a new server version.
 
@@ -90,7 +91,7 @@ class Publish:
     work: ServerWork = ServerWork()
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Evaluate:
     """Score a version on the common evaluation set and answer with ``EvaluationFinished``."""
 
@@ -98,7 +99,7 @@ class Evaluate:
     adapter: Adapter
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class SetTimer:
     """Answer with ``TimerFired`` at ``at_s``. Earlier timers stay set."""
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -12,9 +13,10 @@ from alignfed.core.adapter import Adapter
 from alignfed.core.events import Event
 from alignfed.core.instructions import Instruction, ServerWork
 from alignfed.core.update import Task
+from alignfed.core.value import value
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class TaskWork:
     """What a task will cost its device, known at dispatch, before anything is computed.
 
@@ -27,7 +29,7 @@ class TaskWork:
     flops_per_token: float
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class TrainingJob:
     """A task and the adapter its client starts from."""
 
@@ -35,7 +37,7 @@ class TrainingJob:
     adapter: Adapter
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class TrainingResult:
     """What local training gives: the trained adapter and what the client reports of it."""
 
@@ -53,6 +55,32 @@ class ClientTrainer(Protocol):
 
     def train(self, jobs: Sequence[TrainingJob]) -> Sequence[TrainingResult]:
         """Return one result a job, in order. Jobs may be computed together."""
+        ...
+
+
+class Pending(Protocol):
+    """Results on their way."""
+
+    def results(self) -> Sequence[TrainingResult]:
+        """Wait for the results, one a job, in order."""
+        ...
+
+
+@runtime_checkable
+class BackgroundTrainer(ClientTrainer, Protocol):
+    """A trainer that computes elsewhere while whoever asked goes on."""
+
+    def submit(self, jobs: Sequence[TrainingJob]) -> Pending:
+        """Begin to compute jobs together, after those submitted before, and return at once."""
+        ...
+
+
+@runtime_checkable
+class TakesNotes(Protocol):
+    """Whoever meets something that a run's record should say."""
+
+    def take_notes(self) -> Sequence[str]:
+        """Return what has happened since last asked, in words."""
         ...
 
 
@@ -106,7 +134,7 @@ class Calibrator(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class BufferedUpdate:
     """An accepted upload waiting for its flush, without its adapter: a rule keeps what it needs.
 
@@ -207,6 +235,12 @@ class Step:
     notes: Mapping[str, float] = field(default_factory=dict)
     work: ServerWork = ServerWork()
 
+    def refused(self, adapter: Adapter) -> Step:
+        """Return a step that leaves ``adapter`` as it is, with a note that says so."""
+        notes = {name: value for name, value in self.notes.items() if math.isfinite(value)}
+        weights = tuple(0.0 for _ in self.weights)
+        return Step(adapter, weights, {**notes, "step_refused": 1.0}, self.work)
+
 
 class Scheduler(Protocol):
     """Assigns local steps and says when to flush; a schedule is changed in place by its owner.
@@ -244,10 +278,28 @@ def scheduler_of(rule: AggregationRule) -> Scheduler | None:
     return scheduler
 
 
+def work_ahead(rule: AggregationRule, gathered: Any, current: Adapter, lora: LoraRule) -> None:
+    """Let a rule do on an upload's arrival what need not wait for the flush; most have nothing.
+
+    Such a rule has a method ``ahead(gathered, current, lora)``, which changes what is gathered in
+    place. It saves the flush time and changes its result by rounding at most.
+
+    Args:
+        rule: the rule.
+        gathered: what its ``receive`` returned last.
+        current: the current version's adapter, which the flush will move.
+        lora: how factors combine.
+    """
+    ahead = getattr(rule, "ahead", None)
+    if ahead is not None:
+        ahead(gathered, current, lora)
+
+
 class AggregationRule(Protocol):
     """Three functions without a memory of their own: state in, state out.
 
-    A rule may bring a ``scheduler`` (see ``Scheduler``) and a ``proximal_mu`` for local training.
+    A rule may bring a ``scheduler`` (see ``Scheduler``), work ``ahead`` of its flush (see
+    ``work_ahead``) and a ``proximal_mu`` for local training.
 
     ``state`` lives from flush to flush. What is gathered lives from one flush to the next and
     holds the buffered adapters, or their sum, in whatever form the rule wants them; both are
@@ -309,4 +361,5 @@ __all__ = [
     "TrainingJob",
     "TrainingResult",
     "scheduler_of",
+    "work_ahead",
 ]

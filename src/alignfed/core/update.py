@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from alignfed.core.adapter import Adapter
+from alignfed.core.value import value
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Task:
     """One dispatch of work to one client.
 
@@ -32,7 +33,7 @@ class Task:
     steps: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Update:
     """One upload: a client's adapter after local training.
 
@@ -56,5 +57,5 @@ class Update:
     def reported_tokens(self) -> float:
         """Tokens the client says it trained on; 0 where it says nothing that is a count."""
         tokens = self.metrics.get("tokens", 0.0)
-        counts = isinstance(tokens, int | float) and 0.0 < tokens < math.inf
+        counts = isinstance(tokens, (int, float)) and 0.0 < tokens < math.inf
         return float(tokens) if counts else 0.0

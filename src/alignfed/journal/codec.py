@@ -16,7 +16,7 @@ from torch import Tensor
 
 from alignfed.core import adapter, admission, compass, events, instructions, ports, state, update
 from alignfed.core.adapter import Adapter
-from alignfed.core.aggregation import fedasync, held, memory
+from alignfed.core.aggregation import compared, fedasync, held, memory
 from alignfed.core.lora import factor, hetlora, product
 from alignfed.core.ports import AggregationRule
 from alignfed.errors import JournalError
@@ -60,6 +60,7 @@ CORE_CLASSES: tuple[type, ...] = (
     compass.CompassSchedule,
     fedasync.MixedModels,
     held.HeldUpdates,
+    compared.ComparedUpdates,
     memory.ClientMemory,
     factor.FactorSum,
     product.ProductTerms,

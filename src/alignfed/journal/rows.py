@@ -148,7 +148,9 @@ def _plain(value: object) -> object:
 
 def _number(value: float) -> str:
     """JSON of a float; infinity and NaN are text, because JSON has no such numbers."""
-    return repr(float(value)) if math.isfinite(value) else f'"{float(value)!r}"'
+    if type(value) is not float:
+        value = float(value)
+    return repr(value) if value - value == 0.0 else f'"{value!r}"'
 
 
 def _update_arrived(event: UpdateArrived) -> Fields:

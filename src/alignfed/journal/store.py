@@ -37,7 +37,7 @@ class Batching:
         max_wait_s: wall-clock seconds since the last commit, seen when the next row comes.
     """
 
-    max_rows: int = 5_000
+    max_rows: int = 20_000
     max_chars: int = 8_000_000
     max_wait_s: float = 1.0
 
@@ -161,23 +161,27 @@ class SqliteJournal:
             elif self._checksums and refused is None:
                 fields = rows.with_checksum(fields, event.update.adapter.checksum)
         new = [(first, time_s, "event", *fields, wall)]
-        chars = len(fields[4])
-        for seq, instruction in enumerate(instructions, first + 1):
+        chars, seq = len(fields[4]), first
+        derives: list[tuple[int, Publish | Reject]] = []
+        for instruction in instructions:
+            seq += 1
             fields = rows.encode_instruction(instruction)
             new.append((seq, time_s, "instruction", *fields, wall))
             chars += len(fields[4])
+            if isinstance(instruction, (Publish, Reject)):
+                derives.append((seq, instruction))
         try:
             if isinstance(event, UpdateArrived):
                 tables.arrived(first, event, refused)
             elif isinstance(event, EvaluationFinished):
                 tables.evaluated(first, event)
-            for seq, instruction in enumerate(instructions, first + 1):
-                if isinstance(instruction, Publish):
-                    tables.published(seq, time_s, instruction)
-                elif isinstance(instruction, Reject) and (refused is None or refused[0] != seq):
-                    tables.rejected(seq, time_s, instruction)
+            for number, made in derives:
+                if isinstance(made, Publish):
+                    tables.published(number, time_s, made)
+                elif refused is None or refused[0] != number:
+                    tables.rejected(number, time_s, made)
             self._waiting.extend(new)
-            self.seq += len(new)
+            self.seq = seq
         except BaseException:
             # An interrupt in here leaves half an event in memory, which must not reach the disk.
             self._derived = None

@@ -104,16 +104,11 @@ class GeneratedConditions:
         self._network = stream_key(seed, "network")
         self._phase = stream_key(seed, "phase")
         self._constant = variation.compute_sigma == variation.network_sigma == 0
-        self._steady = (
+        self.steady = (
             self._constant and variation.mean_on_s == math.inf and variation.failures_per_hour == 0
         )
         self._flips = _Renewals(stream_key(seed, "availability"))
         self._failures = _Renewals(stream_key(seed, "failure"))
-
-    @property
-    def steady(self) -> bool:
-        """See ``Conditions``."""
-        return self._steady
 
     def compute_factor(self, device_id: int, time_s: float) -> float:
         """See ``Conditions``."""

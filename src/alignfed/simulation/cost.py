@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from alignfed.core.value import value
 from alignfed.errors import FleetError
 from alignfed.simulation.devices import DeviceTable
 
 _GIB = 1024**3
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class TaskCost:
     """What one task moves and computes.
 

@@ -1,8 +1,11 @@
 """Drives the coordinator on a virtual clock: exact in order, and free to compute ahead.
 
 What a client will compute is fixed when it is dispatched. So a result is only computed when the
-clock reaches its arrival, and then together with others already under way (lookahead). Nothing
-here reads the real time; the server's own time is modelled from the sizes of its work.
+clock reaches its arrival, and then together with others already under way (lookahead). A trainer
+that computes in the background is also given whole cohorts before they are needed, so that it never
+waits for the server. Who trains with whom follows from the clock's events alone, never from who
+was fast. Nothing here reads the real time; the server's own time is modelled from the sizes of its
+work.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from operator import attrgetter
 
 from alignfed.core.adapter import Adapter
 from alignfed.core.coordinator import Coordinator
@@ -34,9 +39,11 @@ from alignfed.core.instructions import (
     Stop,
 )
 from alignfed.core.ports import (
+    BackgroundTrainer,
     ClientTrainer,
     Evaluation,
     Journal,
+    Pending,
     TrainingJob,
 )
 from alignfed.core.update import Update
@@ -72,6 +79,8 @@ class EngineParts:
             a part of theirs.
         journal: keeps the record; None keeps none.
         cohort_size: how many tasks to compute together at most.
+        lookahead: how many tasks a trainer that computes in the background may hold at most,
+            results not yet due included; at least ``cohort_size``.
         calibration_flops_per_token: forward FLOPs of one calibration token on the server.
         most_idle_events: so many events without progress are a standstill, a dispatch counting
             as ten and a refused upload as a hundred; so many more for every further hundred
@@ -87,6 +96,7 @@ class EngineParts:
     evaluate_own: Callable[[Mapping[int, Adapter]], Evaluation] | None = None
     journal: Journal | None = None
     cohort_size: int = 1
+    lookahead: int = 1
     calibration_flops_per_token: float = 0.0
     most_idle_events: int = 100_000
 
@@ -104,8 +114,10 @@ class Engine:
         self._parts = parts
         self._state = EngineState(parts.coordinator.initial_state(adapter))
         self._clock: VirtualClock[ClockEvent] = VirtualClock()
-        self._to_handle: deque[Event] = deque()
+        self._sent: dict[int, tuple[Pending, int]] = {}
+        self._background = _background(parts)
         self._begun = False
+        self._prepare()
 
     @classmethod
     def restore(cls, parts: EngineParts, state: EngineState) -> Engine:
@@ -114,12 +126,28 @@ class Engine:
         engine._parts = parts
         engine._state = state
         engine._clock = VirtualClock.restore(state.now_s, state.sequence, state.pending)
-        engine._to_handle = deque()
+        engine._sent = {}
+        engine._background = _background(parts)
         engine._begun = state.coordinator.started
+        engine._prepare()
         return engine
 
+    def _prepare(self) -> None:
+        """Set up what lasts no longer than a step, and what the parts fix for the whole run."""
+        self._to_handle: deque[Event] = deque()
+        self._happened: list[Event | Instruction | TaskLost] = []
+        self._idle_limit = self._parts.idle_limit
+        # Accepted uploads bring the run nearer to its end, or answers where those do.
+        max_uploads = self._parts.coordinator.settings.stop.max_uploads
+        self._progress = attrgetter("accepted" if math.isinf(max_uploads) else "received")
+
     def snapshot(self) -> EngineState:
-        """Return the complete state, to be written down before the next step."""
+        """Return the complete state, to be written down before the next step.
+
+        Waits for what is being computed: a state holds results, never promises.
+        """
+        for running in self._state.running.values():
+            self._collect(running)
         self._state.pending = self._clock.pending()
         self._state.sequence = self._clock.sequence
         return self._state
@@ -147,15 +175,16 @@ class Engine:
         clock runs empty (every client gone for good), or timers and availability keep it full
         while nothing brings the run nearer to its end (``EngineParts.idle_limit``).
         """
-        if self.finished or self._state.idle_events > self._parts.idle_limit:
+        state, progress = self._state, self._progress
+        if state.coordinator.stopped is not None or state.idle_events > self._idle_limit:
             return False
         if not self._begun:
             self._begin()
             return not self.finished
         if not len(self._clock):
             return False
-        self._state.now_s, event = self._clock.pop()
-        before = self._progress()
+        state.now_s, event = self._clock.pop()
+        before = progress(state.coordinator)
         match event:
             case UploadDue():
                 self._on_upload_due(event)
@@ -165,19 +194,21 @@ class Engine:
                 self._on_availability_changed(event)
             case TimerFired():
                 self._handle(TimerFired(self._server_time()))
-        if self._progress() != before:
-            self._state.idle.clear()
-            self._state.idle_events = 0
+        if progress(state.coordinator) == before:
+            self._note_idle()
+        elif state.idle_events:
+            state.idle.clear()
+            state.idle_events = 0
+        self._happened.clear()
         return not self.finished
 
-    def _progress(self) -> int:
-        """What brings the run nearer to its end: accepted uploads, or answers where those do."""
-        state, stop = self._state.coordinator, self._parts.coordinator.settings.stop
-        return state.accepted if math.isinf(stop.max_uploads) else state.received
-
-    def _note_idle(self, kind: str, weight: int = 1) -> None:
-        self._state.idle[kind] += 1
-        self._state.idle_events += weight
+    def _note_idle(self) -> None:
+        """Count what happened in a step that brought the run no nearer to its end."""
+        for item in self._happened:
+            kind, weight = _kind_and_weight(item)
+            if weight:
+                self._state.idle[kind] += 1
+                self._state.idle_events += weight
 
     # --- what happens on the clock --------------------------------------------------------
 
@@ -189,14 +220,16 @@ class Engine:
                 self._handle(ClientJoined(0.0, client_id))
             self._schedule_availability(client_id, 0.0)
         self._handle(RunStarted(0.0))
+        self._note_idle()
+        self._happened.clear()
 
     def _on_upload_due(self, due: UploadDue) -> None:
         state = self._state
         running = state.running.get(due.task_id)
         if running is None:
             return
-        if running.result is None:
-            self._compute(running)
+        self._compute(running)
+        self._collect(running)
         result = running.result
         assert result is not None
         task = running.task
@@ -224,7 +257,7 @@ class Engine:
             return
         self._release(running)
         self._state.lost_tasks += 1
-        self._note_idle(f"task lost: {lost.reason}")
+        self._happened.append(lost)
         if lost.reported:
             task = running.task
             self._handle(TaskFailed(self._server_time(), task.task_id, task.client_id, lost.reason))
@@ -250,21 +283,21 @@ class Engine:
 
     def _handle(self, event: Event) -> None:
         waiting, state, parts = self._to_handle, self._state, self._parts
-        handle, journal = parts.coordinator.handle, parts.journal
+        handle, journal, happened = parts.coordinator.handle, parts.journal, self._happened
         waiting.append(event)
         while waiting:
             event = waiting.popleft()
-            self._note_idle(type(event).__name__)
+            happened.append(event)
             state.coordinator, instructions = handle(state.coordinator, event)
             if journal is not None:
                 journal.record(event, instructions)
             for instruction in instructions:
+                happened.append(instruction)
                 self._carry_out(instruction, event.time_s)
 
     def _carry_out(self, instruction: Instruction, time_s: float) -> None:
         match instruction:
             case Dispatch():
-                self._note_idle("Dispatch", DISPATCH_WEIGHT)
                 self._start(instruction, max(time_s, self._state.server_free_s))
             case SetTimer():
                 at_s = max(instruction.at_s, self._state.now_s)
@@ -273,9 +306,7 @@ class Engine:
                 self._charge(instruction, time_s)
             case Evaluate():
                 self._evaluate(instruction, time_s)
-            case Reject():
-                self._note_idle(instruction.reason.value, REFUSAL_WEIGHT)
-            case Stop():
+            case Reject() | Stop():
                 pass
 
     def _charge(self, publish: Publish, time_s: float) -> None:
@@ -326,29 +357,64 @@ class Engine:
 
     def _release(self, running: RunningTask) -> None:
         state, task = self._state, running.task
+        self._sent.pop(task.task_id, None)
         del state.running[task.task_id]
         del state.on_device[task.client_id]
 
     # --- lookahead ------------------------------------------------------------------------
 
     def _compute(self, needed: RunningTask) -> None:
-        """Compute the result needed now, and with it others that will be needed."""
-        cohort = [needed]
-        if self._parts.cohort_size > 1:
-            cohort += self._worth_computing(needed)
-        jobs = [TrainingJob(running.task, running.adapter) for running in cohort]
-        results = self._parts.trainer.train(jobs)
-        for running, result in zip(cohort, results, strict=True):
-            running.result = result
+        """See that the result needed now is computed, and with it others that will be needed."""
+        parts = self._parts
+        if (background := self._background) is not None:
+            for cohort in self._cohorts_to_send(needed):
+                pending = background.submit(_jobs(cohort))
+                for place, running in enumerate(cohort):
+                    self._sent[running.task.task_id] = (pending, place)
+                self._record(cohort)
+        elif needed.result is None:
+            cohort = [needed, *self._worth_computing(needed, parts.cohort_size - 1)]
+            for running, result in zip(cohort, parts.trainer.train(_jobs(cohort)), strict=True):
+                running.result = result
+            self._record(cohort)
+
+    def _cohorts_to_send(self, needed: RunningTask) -> list[list[RunningTask]]:
+        """Return what a background trainer is to begin with: what is needed, and whole cohorts.
+
+        Whether a result has come back yet makes no difference, only that it was asked for.
+        """
+        size = self._parts.cohort_size
+        most = max(size, self._parts.lookahead)
+        room = most - sum(self._asked_for(one) for one in self._state.running.values())
+        if not self._asked_for(needed):
+            waiting = [needed, *self._worth_computing(needed, room - 1)]
+        else:
+            waiting = self._worth_computing(needed, room)
+            waiting = waiting[: len(waiting) // size * size]
+        number = math.ceil(len(waiting) / size)
+        ends = [len(waiting) * i // max(1, number) for i in range(number + 1)]
+        return [waiting[start:end] for start, end in pairwise(ends)]
+
+    def _asked_for(self, running: RunningTask) -> bool:
+        return running.result is not None or running.task.task_id in self._sent
+
+    def _collect(self, running: RunningTask) -> None:
+        """Wait for a task's result, if it was asked for and has not been taken yet."""
+        found = self._sent.pop(running.task.task_id, None)
+        if found is not None:
+            pending, place = found
+            running.result = pending.results()[place]
+
+    def _record(self, cohort: Sequence[RunningTask]) -> None:
         if self._parts.journal is not None:
             task_ids = [running.task.task_id for running in cohort]
             self._parts.journal.record_cohort(self._state.now_s, task_ids)
 
-    def _worth_computing(self, needed: RunningTask) -> list[RunningTask]:
-        """Tasks under way that will report before the run can end, earliest first."""
+    def _worth_computing(self, needed: RunningTask, most: int) -> list[RunningTask]:
+        """Tasks not asked for that will report before the run can end, earliest first."""
         stop = self._parts.coordinator.settings.stop
         remaining = stop.max_uploads - self._state.coordinator.received - 1
-        width = int(min(self._parts.cohort_size - 1, remaining))
+        width = int(min(most, remaining))
         if width <= 0:
             return []
         tasks = self._state.coordinator.tasks
@@ -361,7 +427,29 @@ class Engine:
         )
         # Those already computed count too: they arrive before the run ends and use up its limit.
         within = others if math.isinf(remaining) else others[: int(remaining)]
-        return [running for _, _, running in within if running.result is None][:width]
+        return [running for _, _, running in within if not self._asked_for(running)][:width]
+
+
+def _background(parts: EngineParts) -> BackgroundTrainer | None:
+    return parts.trainer if isinstance(parts.trainer, BackgroundTrainer) else None
+
+
+def _jobs(cohort: Sequence[RunningTask]) -> list[TrainingJob]:
+    return [TrainingJob(running.task, running.adapter) for running in cohort]
+
+
+def _kind_and_weight(item: Event | Instruction | TaskLost) -> tuple[str, int]:
+    """Return what an idle run's report calls an item, and the events it counts as."""
+    match item:
+        case Dispatch():
+            return "Dispatch", DISPATCH_WEIGHT
+        case Reject():
+            return item.reason.value, REFUSAL_WEIGHT
+        case TaskLost():
+            return f"task lost: {item.reason}", 1
+        case Publish() | Evaluate() | SetTimer() | Stop():
+            return "", 0  # what the server does itself
+    return type(item).__name__, 1
 
 
 def own_adapters(parts: EngineParts, state: EngineState, adapter: Adapter) -> Mapping[int, Adapter]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from alignfed.core.value import value
 from alignfed.errors import FleetError
 from alignfed.simulation.conditions import Conditions
 from alignfed.simulation.cost import TaskCost
@@ -15,7 +16,7 @@ from alignfed.simulation.devices import DeviceTable
 LostReason: TypeAlias = Literal["unavailable", "failure"]
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class TaskTimes:
     """When a task's phases end, in virtual seconds.
 

@@ -14,16 +14,17 @@ from alignfed.core.events import TimerFired
 from alignfed.core.ports import TrainingResult
 from alignfed.core.state import CoordinatorState
 from alignfed.core.update import Task
+from alignfed.core.value import value
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class UploadDue:
     """The last byte of a task's upload reaches the server."""
 
     task_id: int
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class TaskLost:
     """A device stops working on a task; ``reported`` tells whether the server learns of it."""
 
@@ -32,7 +33,7 @@ class TaskLost:
     reported: bool
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class AvailabilityChanged:
     """A device comes within reach or leaves it."""
 

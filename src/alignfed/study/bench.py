@@ -94,7 +94,7 @@ class Bench:
             AlignFedError: the recipe asks for what does not exist or does not fit.
             KeyboardInterrupt: interrupted; the same order goes on from there.
         """
-        recipe = make_recipe(tomllib.loads(order.recipe))
+        recipe = _in_this_process(make_recipe(tomllib.loads(order.recipe)))
         if order.kind == "environment":
             prepare(self._build(order.environment, recipe), order)
         else:
@@ -120,6 +120,12 @@ class Bench:
             self._held = None  # two models at once might not fit
             self._held = (environment, load(recipe))
         return assemble(self._held[1], recipe)
+
+
+def _in_this_process(recipe: Recipe) -> Recipe:
+    """Return the recipe with its training in this process, one thread: other cores have theirs."""
+    here = {"workers": 1, "threads": 1, "workers_on": "processes", "ray_address": None}
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update=here)})
 
 
 class ShareView(SilentView):

@@ -106,6 +106,13 @@ def target_of(recipe: Recipe) -> Target:
             " many uploads, so a study needs it (--set stop.uploads=240)"
         )
     if section.target_score is not None:
+        if recipe.evaluation.scorer == "none":
+            raise RecipeError(
+                f"compare.target_score = {section.target_score} needs a score, but"
+                ' evaluation.scorer is "none"; name a scorer, or set compare.target_loss and unset'
+                " the score",
+                target_score=section.target_score,
+            )
         return Target("score", section.target_score)
     if section.target_loss is not None:
         return Target("loss", section.target_loss)

@@ -1,4 +1,4 @@
-"""The server's calibration mini-batch: losses, layer inputs and features (never gradients).
+"""The server's calibration mini-batch: losses, layer inputs and features.
 
 Inputs and features come from the same positions for every adapter: all that are no filler, or
 ``max_positions`` of them at even distances, so that the server's n x n solves stay small.
@@ -72,6 +72,17 @@ class CalibrationBatch:
                 total += float(losses.double().sum())
                 count += losses.numel()
         return total / count
+
+    def gradient(self, adapter: Adapter) -> Adapter:
+        """Return the gradient of ``loss`` by the adapter's elements, in fp32."""
+        self.base.install(adapter)
+        self.base.gradients.zero_()
+        count = sum(batch.targets.numel() for batch in self._batches)
+        for batch in self._batches:
+            (score(self.base, batch).losses.sum() / count).backward()
+        found = self.base.gradients.to("cpu", copy=True)
+        self.base.gradients.zero_()
+        return Adapter(self.base.layout, {torch.float32: found})
 
     def inputs(self, adapter: Adapter) -> Mapping[str, Tensor]:
         """Return the inputs of each adapted module, by name, shape ``(positions, in_dim)``.

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from alignfed.core.adapter import DTYPES, Adapter, AdapterLayout, DenseShape, LoraShape, dtype_name
-from alignfed.core.ports import ClientTrainer, TrainingJob
+from alignfed.core.ports import ClientTrainer, TakesNotes, TrainingJob
 from alignfed.core.update import Task
 from alignfed.training.data import ClientData
 from alignfed.training.encoding import Encoder
@@ -137,6 +137,11 @@ class CohortWorker:
         torch.set_num_threads(threads)
         self._make_trainer = make_trainer
         self._trainer: ClientTrainer | None = None
+
+    def take_notes(self) -> tuple[str, ...]:
+        """Return what the trainer has met since last asked."""
+        trainer = self._trainer
+        return tuple(trainer.take_notes()) if isinstance(trainer, TakesNotes) else ()
 
     def prepare(self) -> int:
         """Build the trainer, once, and return the process id."""

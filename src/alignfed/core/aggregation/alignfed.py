@@ -17,7 +17,7 @@ updates of staleness ``s_i`` goes through five stages, each a pure function of t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -25,10 +25,17 @@ from torch import Tensor
 
 from alignfed.core.adapter import Adapter
 from alignfed.core.aggregation import alignfed_paper
-from alignfed.core.aggregation.held import HeldUpdates, Pair, held_pairs, hold
+from alignfed.core.aggregation.compared import (
+    ComparedUpdates,
+    carried,
+    compare,
+    gather,
+    step_of,
+)
+from alignfed.core.aggregation.held import Pair
 from alignfed.core.aggregation.settings import check_settings, choice, number, switch, whole
 from alignfed.core.aggregation.sizes import combining_bytes, comparing_bytes, require_updates
-from alignfed.core.aggregation.transport import Transport, carry
+from alignfed.core.aggregation.transport import carry
 from alignfed.core.agreement import (
     agreement_coefficients,
     clip_scales,
@@ -41,7 +48,8 @@ from alignfed.core.fairness import cap_mean, freshness, participation
 from alignfed.core.grouping import damp_deviations
 from alignfed.core.guard import guarded_step
 from alignfed.core.instructions import ServerWork
-from alignfed.core.lora import space_of
+from alignfed.core.lora import is_linear, space_of
+from alignfed.core.lora.factor import FactorSum
 from alignfed.core.ports import BufferedUpdate, Flush, LoraRule, Step
 
 REMEMBERED_NORMS = 32
@@ -143,17 +151,22 @@ class AlignFed:
 
     def receive(
         self,
-        gathered: HeldUpdates | None,
+        gathered: ComparedUpdates | None,
         entry: BufferedUpdate,
         update: Adapter,
         base: Adapter,
         lora: LoraRule,
-    ) -> HeldUpdates:
+    ) -> ComparedUpdates:
         """Keep the update until the flush."""
-        return hold(gathered, update, base)
+        return gather(gathered, entry, update, base)
+
+    def ahead(self, gathered: ComparedUpdates, current: Adapter, lora: LoraRule) -> None:
+        """Compare updates with each other as they arrive, some at a time."""
+        if gathered.is_due and self._compares_ahead(lora):
+            compare(gathered, current, self._ridge)
 
     def apply(
-        self, state: AlignFedState, gathered: HeldUpdates | None, flush: Flush
+        self, state: AlignFedState, gathered: ComparedUpdates | None, flush: Flush
     ) -> tuple[AlignFedState, Step]:
         """Return the next state and the server step.
 
@@ -162,11 +175,12 @@ class AlignFed:
             AdapterError: ranks differ within the flush and the LoRA rule adds factors.
         """
         require_updates(flush)
+        gathered = gathered or ComparedUpdates()
         space = self.agreement_space if self.agreement_space != "auto" else space_of(flush.lora)
         if self.variant == "paper":
             step = alignfed_paper.step(
                 flush,
-                held_pairs(gathered),
+                list(gathered.pairs),
                 space=space,
                 grouping=self.grouping,
                 alignment=self.alignment,
@@ -176,22 +190,54 @@ class AlignFed:
                 server_step=self.server_step,
             )
             return state, step
+        if self._compares_ahead(flush.lora):
+            return self._apply_compared(state, gathered, flush)
         transport = carry(
             flush,
-            held_pairs(gathered),
+            list(gathered.pairs),
             kind=self.alignment_map if self.alignment else "none",
             ridge=self.alignment_ridge,
             max_positions=self.calibration_positions,
         )
         gram = gram_of(transport.pairs, space, transport.origin)
         plan = self._plan(flush, gram, state.norms)
-        state = replace(state, norms=(*state.norms, *plan.lengths)[-REMEMBERED_NORMS:])
-        notes = {
-            **transport.notes,
-            **plan.notes,
-            "versions": float(len({entry.base_version for entry in flush.updates})),
-        }
-        return self._take(state, flush, transport, plan.coefficients, notes)
+
+        def candidate(scale: float) -> Adapter:
+            terms = [
+                (scale * coefficient, update, base)
+                for coefficient, (update, base) in zip(
+                    plan.coefficients, transport.pairs, strict=True
+                )
+            ]
+            return flush.lora.combine(flush.adapter, terms)
+
+        return self._take(state, flush, plan, candidate, transport.notes, transport.forwards)
+
+    def _apply_compared(
+        self, state: AlignFedState, gathered: ComparedUpdates, flush: Flush
+    ) -> tuple[AlignFedState, Step]:
+        compare(gathered, flush.adapter, self._ridge)
+        found = carried(gathered)
+        plan = self._plan(flush, found.gram, state.norms)
+        sums, notes = step_of(gathered, plan.coefficients, found.shortened, flush.adapter)
+
+        def candidate(scale: float) -> Adapter:
+            return flush.lora.move(flush.adapter, FactorSum(list(sums)) if sums else None, scale)
+
+        return self._take(state, flush, plan, candidate, notes, forwards=0)
+
+    @property
+    def _ridge(self) -> float | None:
+        return self.alignment_ridge if self.alignment else None
+
+    def _compares_ahead(self, lora: LoraRule) -> bool:
+        """Whether inner products and maps need nothing that only the flush knows."""
+        return (
+            self.variant == "default"
+            and self.agreement_space in ("auto", "factor")
+            and (self.alignment_map == "rank" or not self.alignment)
+            and is_linear(lora)
+        )
 
     def _plan(self, flush: Flush, gram: Tensor, earlier: Sequence[float]) -> _Plan:
         norms = lengths(gram)
@@ -249,26 +295,31 @@ class AlignFed:
         self,
         state: AlignFedState,
         flush: Flush,
-        transport: Transport,
-        coefficients: tuple[float, ...],
-        notes: dict[str, float],
+        plan: _Plan,
+        candidate: Callable[[float], Adapter],
+        notes: Mapping[str, float],
+        forwards: int,
     ) -> tuple[AlignFedState, Step]:
-        """Take the step, as far as the guard lets it."""
+        """Take the step, as far as the guard lets it.
 
-        def candidate(scale: float) -> Adapter:
-            terms = [
-                (scale * coefficient, update, base)
-                for coefficient, (update, base) in zip(coefficients, transport.pairs, strict=True)
-            ]
-            return flush.lora.combine(flush.adapter, terms)
-
+        Args:
+            state: the state before the flush.
+            flush: the flush.
+            plan: the step's coefficients.
+            candidate: returns the adapter that a multiple of the step leads to.
+            notes: what to record of the alignment.
+            forwards: calibration mini-batches sent forward for it.
+        """
+        coefficients = plan.coefficients
+        state = replace(state, norms=(*state.norms, *plan.lengths)[-REMEMBERED_NORMS:])
+        versions = len({entry.base_version for entry in flush.updates})
+        notes = {**notes, **plan.notes, "versions": float(versions)}
         moved = comparing_bytes(flush) + combining_bytes(flush)
         calibrator = flush.calibrator
         if calibrator is None or not self._is_guarded(flush):
-            tokens = calibrator.tokens * transport.forwards if calibrator else 0
+            tokens = calibrator.tokens * forwards if calibrator else 0
             work = ServerWork(moved, tokens)
             return state, Step(candidate(1.0), coefficients, notes, work)
-        forwards = transport.forwards
         before = state.calibration_loss
         if state.calibrated_version != flush.version:
             before = calibrator.loss(flush.adapter)

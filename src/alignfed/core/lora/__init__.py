@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from alignfed.core.lora import fedsa, ffa, flexlora, flora, hetlora
-from alignfed.core.lora.compatibility import incompatibility
+from alignfed.core.lora.compatibility import LINEAR, incompatibility
 from alignfed.core.lora.exchange import WHOLE, Exchange, Part
 from alignfed.core.lora.factor import FactorMean
 from alignfed.core.lora.fedex import ExactResidual
@@ -145,6 +145,11 @@ def space_of(rule: LoraRule) -> Space:
     return entry.space if entry else "factor"
 
 
+def is_linear(rule: LoraRule) -> bool:
+    """Return whether a rule adds elements of A and B as they are, in a ``FactorSum``."""
+    return rule.name in LINEAR
+
+
 def is_separable(rule: LoraRule) -> bool:
     """Return whether a rule's sums may be split at a base (a rule outside the table: they may)."""
     entry = LORA_RULES.get(rule.name)
@@ -161,6 +166,7 @@ __all__ = [
     "Space",
     "exchange_of",
     "incompatibility",
+    "is_linear",
     "is_separable",
     "make_lora_rule",
     "space_of",

@@ -28,7 +28,8 @@ NO_ELEMENTS = (
     ' would grow with every version: choose "factor", "ffa" or "fedsa"'
 )
 
-_LINEAR = frozenset({"factor", "ffa", "fedsa"})
+LINEAR = frozenset({"factor", "ffa", "fedsa"})
+"""LoRA rules whose sums are ``factor.FactorSum``: elements of one rank that only ever add up."""
 
 _Check = Callable[[Any], str | None]
 
@@ -40,7 +41,7 @@ def incompatibility(rule: AggregationRule, lora: str) -> str | None:
         rule: the timing rule.
         lora: name of the LoRA rule.
     """
-    if rule.name not in WITHOUT_MEMORY and lora not in _LINEAR and lora != "product":
+    if rule.name not in WITHOUT_MEMORY and lora not in LINEAR and lora != "product":
         return KEEPS_VECTORS
     if rule.name in KEEPS_MOMENTS and lora == "product":
         return NO_ELEMENTS

@@ -80,7 +80,7 @@ class Exchange:
     def upload(self, trained: Adapter) -> Adapter:
         """Return what travels of a trained adapter."""
         if self.uploaded == "both":
-            return trained_part(trained)
+            return trained_part(trained) if trained.layout.folded else trained
         dense = {
             name + _SUFFIX[self.uploaded]: getattr(factors, self.uploaded)
             for name, factors in trained_part(trained).lora.items()
@@ -89,7 +89,7 @@ class Exchange:
 
     def upload_layout(self, sent: AdapterLayout) -> AdapterLayout:
         """Return the layout that ``upload`` gives an adapter of layout ``sent``."""
-        whole = _trained_layout(sent)
+        whole = _trained_layout(sent) if sent.folded else sent
         if self.uploaded == "both":
             return whole
         single = [
@@ -121,7 +121,8 @@ class Exchange:
             upload: an adapter of ``upload_layout``.
             sent: what the client started from.
         """
-        if self.uploaded == "both" and upload.layout == sent.layout:
+        same = upload.layout is sent.layout or upload.layout == sent.layout
+        if self.uploaded == "both" and same:
             return upload
         lora = {}
         for name, old in sent.lora.items():
@@ -230,8 +231,6 @@ def _fill(factor: Tensor, *, whole: bool, rest: Tensor) -> None:
 
 
 def _trained_layout(layout: AdapterLayout) -> AdapterLayout:
-    if not layout.folded:
-        return layout
     lora: list[tuple[str, LoraShape]] = []
     for name, one in layout.lora:
         rank = one.rank - one.frozen
