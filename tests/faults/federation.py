@@ -53,7 +53,7 @@ class Federation:
             "bind": "127.0.0.1",
             "port": ports[0],
             "superlink_port": ports[1],
-            "metrics_port": None,
+            "metrics_port": 0,
         }
         self.settings = make_settings(ServerSettings, "the test", values)
         now = datetime.datetime.now(datetime.UTC)

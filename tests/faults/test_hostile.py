@@ -68,7 +68,7 @@ def test_two_hundred_hostile_uploads_change_nothing_and_each_has_its_reason(tmp_
 
 @pytest.mark.slow
 def test_attacks_by_a_real_node_with_a_registered_key_change_nothing(tmp_path: Path) -> None:
-    recipe = small_recipe(2, "stop.uploads=40", "training.steps=2", "server.max_backoff_s=1.0")
+    recipe = small_recipe(2, "stop.uploads=28", "training.steps=2", "server.max_backoff_s=1.0")
     with Federation(tmp_path / "server", 2, recipe) as federation:
         federation.start_device(0)
         device, settings = federation._device(1, None)

@@ -121,7 +121,6 @@ class Endpoint:
         Raises:
             DeploymentError: the port is taken.
         """
-        assert settings.metrics_port is not None
         registry = CollectorRegistry()
         registry.register(
             FilesCollector(directory, settings, lambda: datetime.datetime.now(datetime.UTC))
@@ -133,7 +132,7 @@ class Endpoint:
         except OSError as error:
             raise DeploymentError(
                 f"{settings.metrics_bind}:{settings.metrics_port} cannot be listened on:"
-                f" {error.strerror}; change metrics_port in {directory.settings}, or remove it",
+                f" {error.strerror}; change metrics_port in {directory.settings}, or set it to 0",
                 port=settings.metrics_port,
             ) from error
 

@@ -94,7 +94,7 @@ class ServerHost:
         settings = self._settings
         _check_free("127.0.0.1", settings.superlink_port, "superlink_port")
         _check_free(settings.bind, settings.port, "port")
-        if settings.metrics_port is not None:
+        if settings.metrics_port:
             self._metrics = Endpoint(self._directory, settings)
         _compact(self._directory.superlink_database)
         for group in server_programs(self._directory, settings):

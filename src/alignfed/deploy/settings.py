@@ -90,9 +90,7 @@ class ServerSettings(Section):
     metrics_bind: str = key(
         "127.0.0.1", "Address of the Prometheus endpoint; it has no lock of its own.", min_length=1
     )
-    metrics_port: Port | None = key(
-        9464, "Port of the Prometheus endpoint; unset for none.", suggested=9464
-    )
+    metrics_port: int = key(9464, "Port of the Prometheus endpoint; 0 for none.", ge=0, le=65535)
     run: str = key(
         "run",
         "Folder of the run's files, the same as a simulated run's; relative to this file's folder.",
@@ -114,7 +112,7 @@ class ServerSettings(Section):
             if not host or any(part in host for part in ("/", " ", "://", "@"))
         ]
         ports = {"port": self.port, "superlink_port": self.superlink_port}
-        if self.metrics_port is not None:
+        if self.metrics_port:
             ports["metrics_port"] = self.metrics_port
         for name, port in ports.items():
             earlier = next(other for other, used in ports.items() if used == port)

@@ -167,7 +167,7 @@ def _make(
             "bind": "127.0.0.1",
             "port": ports[0],
             "superlink_port": ports[1],
-            "metrics_port": None,
+            "metrics_port": 0,
             "run": "..",
             "serving": {"encoding": encoding},
         },
