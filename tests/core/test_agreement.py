@@ -9,6 +9,7 @@ from alignfed.core.adapter import difference, inner_product, norm
 from alignfed.core.agreement import (
     agreement_coefficients,
     clip_scales,
+    contradiction_factors,
     factor_gram,
     lengths,
     step_length,
@@ -67,6 +68,44 @@ def test_zero_identical_and_opposite_updates_never_make_a_coefficient_leave_its_
         agreement_coefficients(rows @ rows.T, wanted, regularisation), wanted, strict=True
     ):
         assert 0.0 <= found <= weight
+
+
+def test_who_contradicts_everybody_else_is_damped_and_nobody_else_is():
+    honest = [[1.0, 0.3, 0], [1.0, -0.3, 0], [1.0, 0, 0.4], [1.0, 0, -0.4]]
+    found = contradiction_factors(gram(*honest, [-1.0, 0, 0]), 5, 0.5)
+    assert found == pytest.approx((1, 1, 1, 1, 0))
+    # At a cosine of -0.25 against the others' sum, half is left.
+    slight = [-0.25, math.sqrt(1 - 0.25**2), 0]
+    assert contradiction_factors(gram([1.0, 0, 0], [1.0, 0, 0], slight), 3, 0.5) == pytest.approx(
+        (1, 1, 0.5)
+    )
+
+
+def test_new_directions_contradict_nobody():
+    found = contradiction_factors(gram([1.0, 0, 0], [0, 2.0, 0], [0, 0, 3.0]), 3, 0.5)
+    assert found == (1.0, 1.0, 1.0)
+
+
+def test_between_two_nobody_can_tell_who_is_right_but_what_absent_clients_said_decides():
+    pair = [[1.0, 0.0], [-1.0, 0.0]]
+    assert contradiction_factors(gram(*pair), 2, 0.5) == (1.0, 1.0)
+    assert contradiction_factors(gram(*pair, [0.5, 0.5]), 2, 0.5)[1] == 0.0
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([-1.0, 0.0, 1e-20, 1.0, 1e6]), st.integers(0, 4)),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_damping_stays_between_zero_and_one(drawn):
+    generator = torch.Generator().manual_seed(7)
+    directions = torch.randn(5, 6, generator=generator, dtype=torch.float64)
+    rows = torch.stack([size * directions[index] for size, index in drawn])
+    found = contradiction_factors(rows @ rows.T, len(drawn), 0.5)
+    assert all(0.0 <= factor <= 1.0 for factor in found)
 
 
 def test_order_does_not_matter():

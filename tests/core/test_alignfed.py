@@ -85,9 +85,9 @@ def test_a_harmful_flush_is_shortened_and_recorded():
     given = flush(current, entries, FactorMean(), calibrator=DistanceCalibrator(goal))
     rule = AlignFed()
     state, step = aggregate(rule, rule.init(current), given)
-    assert step.notes["step_scale"] == 0.25
-    assert step.notes["backtracks"] == 2.0
-    assert step.weights == (0.25,)
+    assert step.notes["step_scale"] == 0.125
+    assert step.notes["backtracks"] == 3.0
+    assert step.weights == (0.125,)
     before, after = (
         DistanceCalibrator(goal).loss(current),
         DistanceCalibrator(goal).loss(step.adapter),
@@ -95,7 +95,7 @@ def test_a_harmful_flush_is_shortened_and_recorded():
     assert step.notes["calibration_loss_before"] == pytest.approx(before)
     assert step.notes["calibration_loss_after"] == pytest.approx(after)
     assert after < before
-    assert state.trust == 0.25
+    assert state.trust == 0.125
 
 
 def test_a_flush_that_can_only_harm_leaves_the_model_as_it_is():
@@ -149,7 +149,7 @@ def test_a_loss_that_is_not_finite_is_neither_noted_nor_remembered():
 
 def test_the_loss_of_the_current_version_is_measured_once_and_then_remembered():
     given = stale_flush(FactorMean())
-    rule = AlignFed(harm_tolerance=1000.0)
+    rule = AlignFed(harm_tolerance=1000.0, overshoot_margin=1000.0, max_backtracks=0)
     state, first = aggregate(rule, rule.init(given.adapter), given)
     assert first.work.calibration_tokens == 2 * 40
     following = dataclasses.replace(given, version=given.version + 1, adapter=first.adapter)

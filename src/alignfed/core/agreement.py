@@ -123,6 +123,35 @@ def agreement_coefficients(
     return tuple(float(value) for value in found)
 
 
+def contradiction_factors(gram: Tensor, count: int, limit: float) -> tuple[float, ...]:
+    """Return factors in [0, 1] that damp updates pointing against all the others together.
+
+    With ``q_i`` the cosine between an update and the sum of the directions of everything else given
+    (the other updates, and whatever follows them, for example what absent clients said last), the
+    factor is ``1 + q_i / limit``, cut to [0, 1]: 1 for whoever does not contradict, 0 from a cosine
+    of ``-limit`` on. Where an update has fewer than two others to contradict nobody can tell who
+    is right, and it gets 1.
+
+    Args:
+        gram: inner products, the updates first, shape at least ``(count, count)``.
+        count: how many of them are updates.
+        limit: in (0, 1].
+    """
+    norms = torch.tensor(lengths(gram), dtype=torch.float64)
+    safe = torch.where((norms > 0) & norms.isfinite(), norms, torch.inf)
+    cosines = gram.double().nan_to_num(0.0, 0.0, 0.0) / safe[:, None] / safe[None, :]
+    found = []
+    for i in range(count):
+        others = [j for j in range(len(norms)) if j != i and math.isfinite(float(safe[j]))]
+        if len(others) < 2 or not math.isfinite(float(safe[i])):
+            found.append(1.0)
+            continue
+        along = float(cosines[i, others].sum())
+        length = math.sqrt(max(0.0, float(cosines[others][:, others].sum())))
+        found.append(min(1.0, max(0.0, 1.0 + along / (length * limit))) if length > 1e-6 else 1.0)
+    return tuple(found)
+
+
 def _positive_cosines(gram: Tensor) -> Tensor:
     """Return cosines cut to [0, 1], fp64; 1 on the diagonal, 0 beside an update of length zero."""
     norms = torch.tensor(lengths(gram), dtype=torch.float64)

@@ -339,8 +339,11 @@ class Coordinator:
                 entry.staleness,
                 weight,
                 entry.norm,
+                cut,
             )
-            for entry, weight in zip(updates, step.weights, strict=True)
+            for entry, weight, cut in zip(
+                updates, step.weights, step.cuts or (1.0,) * len(updates), strict=True
+            )
         )
         out.append(Publish(state.version, adapter, applied, step.notes, step.work))
 

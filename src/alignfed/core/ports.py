@@ -200,12 +200,15 @@ class Step:
         weights: coefficient of each buffered update, in order.
         notes: what to record, for example calibration loss before and after.
         work: size of the server's work.
+        cuts: what each update's coefficient was multiplied by for being too long or for
+            contradicting the others, in order; empty: nothing was cut.
     """
 
     adapter: Adapter
     weights: tuple[float, ...]
     notes: Mapping[str, float] = field(default_factory=dict)
     work: ServerWork = ServerWork()
+    cuts: tuple[float, ...] = ()
 
 
 class Scheduler(Protocol):

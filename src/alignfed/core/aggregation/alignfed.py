@@ -2,42 +2,53 @@
 
 After Wang, Gao and Wang 2026, "AlignFed" (arXiv 2606.08197). ``variant="paper"`` follows the
 equations as reported by third parties (there is no official code); the default departs from them
-where they fail, and says so in ``grouping.py``, ``alignment.py`` and ``fairness.py``. A flush of K
-updates of staleness ``s_i`` goes through five stages, each a pure function of the one before:
+where they fail, and says so in ``grouping.py``, ``alignment.py`` and ``fairness.py``;
+docs/method.md derives it. A flush of K updates of staleness ``s_i`` goes through these stages, each
+a pure function of the ones before:
 
 1. alignment: each stale update is carried to the current version, by maps of its base version;
 2. fairness: weights ``w_i = f_i p_i`` (freshness, participation) over the whole buffer;
 3. agreement: ``(G + lambda diag G) c = (1 + lambda) diag(G) w`` on the Gram matrix of the carried
-   updates, long ones clipped first; a mean where clients agree, a sum where they do not;
+   updates, long ones clipped first; a mean where clients agree, a sum where they do not; who
+   contradicts all others is damped;
 4. grouping: within a base version, coefficients move towards their mean;
-5. guard: the step is bounded in length, and halved while the calibration loss objects; with no
-   calibration set, staleness shortens it instead.
+5. memory: the mean of what absent clients said last is added;
+6. guard: the step is bounded in length, and halved while it harms the calibration loss or clearly
+   overshoots; with no calibration set, staleness shortens it instead.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from statistics import median
+from dataclasses import dataclass, field, replace
+from statistics import fmean, median
 
 from torch import Tensor
 
-from alignfed.core.adapter import Adapter
+from alignfed.core.adapter import (
+    DTYPES,
+    Adapter,
+    difference,
+    linear_combination,
+    zeros_like,
+)
 from alignfed.core.aggregation import alignfed_paper
 from alignfed.core.aggregation.held import HeldUpdates, Pair, held_pairs, hold
+from alignfed.core.aggregation.recall import Recall, absent_mean, remember
 from alignfed.core.aggregation.settings import check_settings, choice, number, switch, whole
 from alignfed.core.aggregation.sizes import combining_bytes, comparing_bytes, require_updates
 from alignfed.core.aggregation.transport import Transport, carry
 from alignfed.core.agreement import (
     agreement_coefficients,
     clip_scales,
+    contradiction_factors,
     factor_gram,
     lengths,
     step_length,
 )
 from alignfed.core.algebra import innovation, product_gram
-from alignfed.core.fairness import cap_mean, freshness, participation
+from alignfed.core.fairness import cap_mean, participation, relative_freshness
 from alignfed.core.grouping import damp_deviations
 from alignfed.core.guard import guarded_step
 from alignfed.core.instructions import ServerWork
@@ -50,6 +61,9 @@ REMEMBERED_NORMS = 32
 TRUST_GROWTH = 1.25
 """A step that needed no halving lets the next one start this much longer, up to 1."""
 
+REMEMBERED_STALENESS = 64
+"""Applied updates whose mean staleness counts as usual."""
+
 LEAST_TRUST = 2.0**-6
 """Shortest step the guard starts from; shorter ones would not be worth an upload."""
 
@@ -61,22 +75,37 @@ class AlignFedState:
     Attributes:
         trust: what the guard multiplies the next step by before trying it.
         norms: lengths (after clipping) of the last updates.
+        staleness: of the last updates.
         calibrated_version: server version whose calibration loss is known (-1: none).
         calibration_loss: that loss, in nats.
+        recall: what clients said last.
     """
 
     trust: float = 1.0
     norms: tuple[float, ...] = ()
+    staleness: tuple[int, ...] = ()
     calibrated_version: int = -1
     calibration_loss: float = 0.0
+    recall: Recall = field(default_factory=Recall)
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """The step before the guard: coefficients of the carried updates, their clipped lengths."""
+    """The step before the guard.
+
+    Attributes:
+        coefficients: of the carried updates, clipping and the step's bound included.
+        absent: coefficient of the mean of absent clients.
+        lengths: of the carried updates, clipped.
+        cuts: what each update's own coefficient was multiplied by for being too long or for
+            contradicting all others; 1: left as it was.
+        notes: what to record.
+    """
 
     coefficients: tuple[float, ...]
+    absent: float
     lengths: tuple[float, ...]
+    cuts: tuple[float, ...]
     notes: dict[str, float]
 
 
@@ -90,6 +119,7 @@ class AlignFed:
     grouping: bool = switch(True, "treat updates of one base version as a group")
     alignment: bool = switch(True, "carry stale updates to the current version")
     fairness: bool = switch(True, "weigh by freshness and participation")
+    memory: bool = switch(True, "add what absent clients said last")
     server_step: float = number(1.0, "multiplies every coefficient", low=0, low_included=False)
     agreement: float = number(
         1.0, "lambda, the larger the nearer to a sum", low=0, low_included=False
@@ -107,10 +137,23 @@ class AlignFed:
         0.05, "damping of alignment maps, relative", low=0, low_included=False
     )
     calibration_positions: int = whole(256, "positions used to fit activation maps", low=1)
-    freshness_decay: float = number(0.05, "gamma of exp(-gamma s)", low=0)
-    reported_decay: float = number(0.2, "gamma of the paper variant", low=0)
+    freshness_decay: float = number(
+        0.25, "gamma of (1 + s / (1 + mean s)) ** -gamma", low=0, high=4
+    )
+    reported_decay: float = number(0.2, "gamma of exp(-gamma s), the paper variant's", low=0)
     participation_exponent: float = number(0.5, "of mean uploads / own uploads", low=0, high=2)
     participation_limit: float = number(4.0, "largest participation factor", low=1)
+    memory_share: float = number(
+        1.0, "beta, weight of the mean over absent clients", low=0, high=16
+    )
+    memory_clients: int = whole(256, "clients remembered at most, the most recent ones", low=1)
+    memory_dtype: str = choice(
+        "bfloat16", ("bfloat16", "float32"), "how remembered updates are kept"
+    )
+    contradiction_limit: float = number(
+        0.5, "an update at this cosine against all others is ignored", low=0, high=1,
+        low_included=False,
+    )
     max_norm_ratio: float = number(
         2.0, "longer updates are cut to this multiple of the median length", low=1
     )
@@ -122,6 +165,9 @@ class AlignFed:
     )
     harm_tolerance: float = number(
         0.02, "rise of the calibration loss accepted, as a share of it", low=0
+    )
+    overshoot_margin: float = number(
+        0.02, "half a step must be better by this share of the loss to be taken instead", low=0
     )
     max_backtracks: int = whole(3, "halvings before a step is given up", low=0, high=16)
 
@@ -183,21 +229,74 @@ class AlignFed:
             ridge=self.alignment_ridge,
             max_positions=self.calibration_positions,
         )
-        gram = gram_of(transport.pairs, space, transport.origin)
-        plan = self._plan(flush, gram, state.norms)
-        state = replace(state, norms=(*state.norms, *plan.lengths)[-REMEMBERED_NORMS:])
+        absent = self._absent(state, flush, space, transport)
+        pairs = transport.pairs if absent is None else (*transport.pairs, absent)
+        origin = transport.origin
+        if origin is None and absent is not None and space == "factor":
+            origin = absent[1]
+        plan = self._plan(state, flush, gram_of(pairs, space, origin))
+        state = replace(
+            state,
+            norms=(*state.norms, *plan.lengths)[-REMEMBERED_NORMS:],
+            staleness=self._staleness(state, flush),
+            recall=self._remembered(state, flush, transport, plan),
+        )
         notes = {
             **transport.notes,
             **plan.notes,
             "versions": float(len({entry.base_version for entry in flush.updates})),
         }
-        return self._take(state, flush, transport, plan.coefficients, notes)
+        if self.memory:
+            notes["remembered_clients"] = float(len(state.recall.latest))
+        coefficients = plan.coefficients
+        if absent is not None:
+            coefficients = (*coefficients, plan.absent)
+        return self._take(state, flush, transport, pairs, coefficients, plan.cuts, notes)
 
-    def _plan(self, flush: Flush, gram: Tensor, earlier: Sequence[float]) -> _Plan:
-        norms = lengths(gram)
+    def _absent(
+        self, state: AlignFedState, flush: Flush, space: str, transport: Transport
+    ) -> Pair | None:
+        """Return the mean of absent clients' last updates as a pair, replayed on the current."""
+        if not (self.memory and self.memory_share):
+            return None
+        present = {entry.client_id for entry in flush.updates}
+        mean = absent_mean(state.recall, present, flush.clients, flush.adapter)
+        if mean is None:
+            return None
+        if space == "factor" and space_of(flush.lora) == "factor":
+            return mean, transport.origin or zeros_like(mean)
+        return linear_combination([(1.0, flush.adapter), (1.0, mean)]), flush.adapter
+
+    def _remembered(
+        self, state: AlignFedState, flush: Flush, transport: Transport, plan: _Plan
+    ) -> Recall:
+        """Return the memory with every whole update of the flush, as far as layouts agree."""
+        if not (self.memory and self.memory_share):
+            return state.recall
+        layout = flush.adapter.layout
+        deltas = {}
+        tasks: dict[int, int] = {}
+        for entry, (update, base), cut in zip(
+            flush.updates, transport.pairs, plan.cuts, strict=True
+        ):
+            fits = update.layout == layout and base.layout == layout
+            if cut < 1.0 or not fits or tasks.get(entry.client_id, -1) > entry.task_id:
+                continue
+            tasks[entry.client_id] = entry.task_id
+            deltas[entry.client_id] = difference(update, base)
+        return remember(state.recall, deltas, self.memory_clients, DTYPES[self.memory_dtype])
+
+    def _staleness(self, state: AlignFedState, flush: Flush) -> tuple[int, ...]:
+        seen = (*state.staleness, *(entry.staleness for entry in flush.updates))
+        return seen[-REMEMBERED_STALENESS:]
+
+    def _plan(self, state: AlignFedState, flush: Flush, gram: Tensor) -> _Plan:
+        """Return the step; ``gram`` holds the updates and perhaps the absent clients' mean."""
+        count, earlier = len(flush.updates), state.norms
+        norms = lengths(gram)[:count]
         clips = clip_scales(norms, earlier, self.max_norm_ratio)
         clipped = tuple(n * clip if clip > 0 else 0.0 for n, clip in zip(norms, clips, strict=True))
-        scales = gram.new_tensor(clips)
+        scales = gram.new_tensor((*clips, *[1.0] * (len(gram) - count)))
         # An update too long to be squared is clipped to nothing; its inner products mean nothing.
         gram = gram.where(gram.isfinite(), 0.0) * scales[:, None] * scales[None, :]
         repeats = None
@@ -207,34 +306,48 @@ class AlignFed:
             # 2022, arXiv 2206.08307). Each of the K updates applied per version since the base is
             # taken for a repetition of this one, so that coefficients sum to O(1 / staleness).
             repeats = [float(len(flush.updates) * entry.staleness) for entry in flush.updates]
-        found = agreement_coefficients(gram, self._weights(flush), self.agreement, repeats)
+        damped = contradiction_factors(gram, count, self.contradiction_limit)
+        own = gram[:count, :count]
+        weights = self._weights(state, flush)
+        found = agreement_coefficients(own, weights, self.agreement, repeats)
         if self.grouping:
             versions = [entry.base_version for entry in flush.updates]
             found = damp_deviations(found, versions, self.deviation_keep)
-        found = tuple(self.server_step * coefficient for coefficient in found)
+        found = tuple(
+            self.server_step * coefficient * factor
+            for coefficient, factor in zip(found, damped, strict=True)
+        )
+        absent = self.server_step * self.memory_share if len(gram) > count else 0.0
+        if repeats is not None:
+            # The absent are a repetition of every version since theirs, too.
+            absent *= (1.0 + self.agreement) / (1.0 + self.agreement + fmean(repeats))
         moving = [norm for norm in (*earlier, *clipped) if norm > 0]
-        length = step_length(gram, found)
+        length = step_length(gram, (*found, absent) if len(gram) > count else found)
         limit = self.max_step_ratio * median(moving) if moving else math.inf
         bound = min(1.0, limit / length) if length > 0 else 1.0
         return _Plan(
             coefficients=tuple(bound * c * clip for c, clip in zip(found, clips, strict=True)),
+            absent=bound * absent,
             lengths=clipped,
+            cuts=tuple(clip * factor for clip, factor in zip(clips, damped, strict=True)),
             notes={
                 "step_norm": bound * length,
                 "step_bound": bound,
                 "clipped": float(sum(clip < 1.0 for clip in clips)),
+                "damped": float(sum(factor < 1.0 for factor in damped)),
             },
         )
 
     def _is_guarded(self, flush: Flush) -> bool:
         return self.guard and flush.calibrator is not None
 
-    def _weights(self, flush: Flush) -> tuple[float, ...]:
+    def _weights(self, state: AlignFedState, flush: Flush) -> tuple[float, ...]:
         if not self.fairness:
             return (1.0,) * len(flush.updates)
+        usual = fmean(self._staleness(state, flush))
         return cap_mean(
             [
-                freshness(entry.staleness, self.freshness_decay)
+                relative_freshness(entry.staleness, usual, self.freshness_decay)
                 * participation(
                     entry.uploads,
                     flush.mean_uploads,
@@ -250,15 +363,18 @@ class AlignFed:
         state: AlignFedState,
         flush: Flush,
         transport: Transport,
+        pairs: Sequence[Pair],
         coefficients: tuple[float, ...],
+        cuts: tuple[float, ...],
         notes: dict[str, float],
     ) -> tuple[AlignFedState, Step]:
-        """Take the step, as far as the guard lets it."""
+        """Take the step, as far as the guard lets it; the last pair may be the absent clients'."""
+        count = len(flush.updates)
 
         def candidate(scale: float) -> Adapter:
             terms = [
                 (scale * coefficient, update, base)
-                for coefficient, (update, base) in zip(coefficients, transport.pairs, strict=True)
+                for coefficient, (update, base) in zip(coefficients, pairs, strict=True)
             ]
             return flush.lora.combine(flush.adapter, terms)
 
@@ -267,7 +383,7 @@ class AlignFed:
         if calibrator is None or not self._is_guarded(flush):
             tokens = calibrator.tokens * transport.forwards if calibrator else 0
             work = ServerWork(moved, tokens)
-            return state, Step(candidate(1.0), coefficients, notes, work)
+            return state, Step(candidate(1.0), coefficients[:count], notes, work, cuts)
         forwards = transport.forwards
         before = state.calibration_loss
         if state.calibrated_version != flush.version:
@@ -280,13 +396,14 @@ class AlignFed:
             loss_before=before,
             scale=state.trust,
             tolerance=self.harm_tolerance,
+            margin=self.overshoot_margin,
             max_backtracks=self.max_backtracks,
         )
         forwards += guarded.forwards
         trust = guarded.tried_scale
         if guarded.scale == 0:
             trust /= 2
-        elif guarded.forwards == 1:
+        elif guarded.halvings == 0:
             trust = min(1.0, trust * TRUST_GROWTH)
         known = math.isfinite(guarded.loss)
         losses = {"calibration_loss_before": before, "calibration_loss_after": guarded.loss}
@@ -294,7 +411,7 @@ class AlignFed:
             **notes,
             **{name: loss for name, loss in losses.items() if math.isfinite(loss)},
             "step_scale": guarded.scale,
-            "backtracks": float(guarded.forwards - 1),
+            "backtracks": float(guarded.halvings),
         }
         state = replace(
             state,
@@ -302,10 +419,10 @@ class AlignFed:
             calibrated_version=flush.version + 1 if known else -1,
             calibration_loss=guarded.loss if known else 0.0,
         )
-        weights = tuple(guarded.scale * coefficient for coefficient in coefficients)
+        weights = tuple(guarded.scale * coefficient for coefficient in coefficients[:count])
         moved += (guarded.forwards - 1) * combining_bytes(flush)
         work = ServerWork(moved, calibrator.tokens * forwards)
-        return state, Step(guarded.adapter, weights, notes, work)
+        return state, Step(guarded.adapter, weights, notes, work, cuts)
 
 
 def gram_of(pairs: Sequence[Pair], space: str, origin: Adapter | None) -> Tensor:
