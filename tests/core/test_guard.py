@@ -26,7 +26,12 @@ class Distance:
 
 
 def guarded(
-    reach: float, *, tolerance: float = 0.0, before: float = 1.0, margin: float = math.inf
+    reach: float,
+    *,
+    tolerance: float = 0.0,
+    before: float = 1.0,
+    margin: float = math.inf,
+    highest: float = 0.0,
 ) -> GuardedStep:
     calibrator = Distance()
     step = guarded_step(
@@ -34,6 +39,7 @@ def guarded(
         lambda scale: at(scale * reach),
         calibrator,
         loss_before=before,
+        highest=max(before, highest),
         scale=1.0,
         tolerance=tolerance,
         margin=margin,
@@ -71,6 +77,11 @@ def test_a_step_to_nowhere_is_never_taken():
     step = guarded(math.inf)
     assert step.scale == 0.0
     assert step.adapter.is_finite()
+
+
+def test_a_rise_below_what_was_seen_lately_is_no_harm():
+    assert guarded(2.4, highest=1.5).scale == 1.0
+    assert guarded(2.6, highest=1.5).scale == 0.5
 
 
 def test_a_step_whose_half_is_clearly_better_overshoots():

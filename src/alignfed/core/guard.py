@@ -3,8 +3,10 @@
 A step that adds up what stale clients say can overshoot, and nothing in the updates themselves
 tells. The calibration loss does: forward passes only, one for each step tried.
 
-It asks two questions. Does the step harm? A rise of the loss within ``tolerance`` is none: where
-clients hold a few classes each, what helps in the long run harms first. And does it overshoot, is
+It asks two questions. Does the step harm? A loss that is not above the highest of the last few
+versions', by more than ``tolerance``, is none (a non-monotone line search; Grippo, Lampariello and
+Lucidi 1986): where clients hold a few classes each, what helps in the long run harms first. And
+does it overshoot, is
 half of it better by more than ``margin``? It never looks for the best step: on the way down the
 step that helps most at once is far too short (a tenth of the one that gets there first, measured on
 Banking77; see docs/log.md), so a shorter one is taken only where it is clearly better.
@@ -47,6 +49,7 @@ def guarded_step(
     calibrator: Calibrator,
     *,
     loss_before: float,
+    highest: float,
     scale: float,
     tolerance: float,
     margin: float,
@@ -54,8 +57,8 @@ def guarded_step(
 ) -> GuardedStep:
     """Return the first of the steps ``scale, scale / 2, ...`` that neither harms nor overshoots.
 
-    A step harms whose calibration loss is not finite, or above ``loss_before`` by more than the
-    share ``tolerance`` of it. It overshoots if half of it has a loss lower by more than the share
+    A step harms whose calibration loss is not finite, or above ``highest`` by more than the share
+    ``tolerance`` of it. It overshoots if half of it has a loss lower by more than the share
     ``margin`` of ``loss_before``. Where ``loss_before`` itself is not finite, any finite loss is
     better, and nothing overshoots.
 
@@ -64,12 +67,13 @@ def guarded_step(
         candidate: returns where a step of a given scale leads.
         calibrator: measures losses.
         loss_before: calibration loss of ``current``.
+        highest: the greatest calibration loss that is still no harm, ``loss_before`` or above.
         scale: of the first step tried.
         tolerance: see above.
         margin: see above; infinity never asks, and saves the forward pass.
         max_backtracks: halvings at most.
     """
-    limit = loss_before + tolerance * abs(loss_before)
+    limit = highest + tolerance * abs(highest)
     better_by = margin * abs(loss_before)
     forwards = halvings = 0
 

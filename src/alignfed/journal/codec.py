@@ -16,7 +16,7 @@ from torch import Tensor
 
 from alignfed.core import adapter, admission, compass, events, instructions, ports, state, update
 from alignfed.core.adapter import Adapter
-from alignfed.core.aggregation import fedasync, held, memory
+from alignfed.core.aggregation import fedasync, held, memory, recall
 from alignfed.core.lora import factor, hetlora, product
 from alignfed.errors import JournalError
 from alignfed.journal.decoder import Decoder
@@ -59,6 +59,7 @@ CORE_CLASSES: tuple[type, ...] = (
     fedasync.MixedModels,
     held.HeldUpdates,
     memory.ClientMemory,
+    recall.Recall,
     factor.FactorSum,
     product.ProductTerms,
     hetlora.WeightedSum,

@@ -78,6 +78,7 @@ class AlignFedState:
         staleness: of the last updates.
         calibrated_version: server version whose calibration loss is known (-1: none).
         calibration_loss: that loss, in nats.
+        losses: calibration losses before the last flushes, as far as the guard looks back.
         recall: what clients said last.
     """
 
@@ -86,6 +87,7 @@ class AlignFedState:
     staleness: tuple[int, ...] = ()
     calibrated_version: int = -1
     calibration_loss: float = 0.0
+    losses: tuple[float, ...] = ()
     recall: Recall = field(default_factory=Recall)
 
 
@@ -165,6 +167,9 @@ class AlignFed:
     )
     harm_tolerance: float = number(
         0.02, "rise of the calibration loss accepted, as a share of it", low=0
+    )
+    harm_window: int = whole(
+        8, "flushes whose highest calibration loss a step is measured against", low=1, high=1024
     )
     overshoot_margin: float = number(
         0.02, "half a step must be better by this share of the loss to be taken instead", low=0
@@ -389,11 +394,13 @@ class AlignFed:
         if state.calibrated_version != flush.version:
             before = calibrator.loss(flush.adapter)
             forwards += 1
+        losses = (*state.losses, before)[-self.harm_window :]
         guarded = guarded_step(
             flush.adapter,
             candidate,
             calibrator,
             loss_before=before,
+            highest=max((loss for loss in losses if math.isfinite(loss)), default=before),
             scale=state.trust,
             tolerance=self.harm_tolerance,
             margin=self.overshoot_margin,
@@ -406,16 +413,17 @@ class AlignFed:
         elif guarded.halvings == 0:
             trust = min(1.0, trust * TRUST_GROWTH)
         known = math.isfinite(guarded.loss)
-        losses = {"calibration_loss_before": before, "calibration_loss_after": guarded.loss}
+        measured = {"calibration_loss_before": before, "calibration_loss_after": guarded.loss}
         notes = {
             **notes,
-            **{name: loss for name, loss in losses.items() if math.isfinite(loss)},
+            **{name: loss for name, loss in measured.items() if math.isfinite(loss)},
             "step_scale": guarded.scale,
             "backtracks": float(guarded.halvings),
         }
         state = replace(
             state,
             trust=max(LEAST_TRUST, trust),
+            losses=losses if math.isfinite(before) else state.losses,
             calibrated_version=flush.version + 1 if known else -1,
             calibration_loss=guarded.loss if known else 0.0,
         )
