@@ -257,3 +257,70 @@ def test_the_papers_weights_follow_equation_seven():
     weights = apply(rule, flush(current, entries, FactorMean())).weights
     assert sum(weights) == pytest.approx(1.0)
     assert weights[1] / weights[0] == pytest.approx(math.exp(-0.6) / 2 / 2, rel=1e-5)
+
+
+def test_absent_clients_are_heard_again_until_they_report():
+    current = make_adapter(1)
+    rule = AlignFed(memory_dtype="float32")
+    state = rule.init(current)
+    first = flush(current, [entry(0, along(current, 0, 1.0), current)], FactorMean())
+    state, alone = aggregate(rule, state, first)
+    second = flush(current, [entry(1, along(current, 1, 1.0), current)], FactorMean())
+    after, step = aggregate(rule, state, second)
+    moved_by = difference(step.adapter, current).dense["score.weight"].view(-1)
+    # What the absent client said comes on top, as its share of a mean over all clients.
+    assert moved_by[:2].tolist() == pytest.approx([1.0 / second.clients, 1.0], abs=1e-5)
+    assert step.notes["remembered_clients"] == 2.0
+    _, again = aggregate(rule, state, first)
+    assert again.adapter.checksum == alone.adapter.checksum
+    forgetful, _ = aggregate(dataclasses.replace(rule, memory_clients=1), state, second)
+    assert list(forgetful.recall.latest) == [1]
+    assert list(after.recall.latest) == [0, 1]
+
+
+def test_memory_can_be_switched_off():
+    current = make_adapter(1)
+    rule = AlignFed(memory=False)
+    state, step = aggregate(
+        rule,
+        rule.init(current),
+        flush(current, [entry(0, moved(current, 2), current)], FactorMean()),
+    )
+    assert not state.recall.latest
+    assert "remembered_clients" not in step.notes
+
+
+@pytest.mark.parametrize("lora", [FactorMean(), ProductSum()], ids=["factor", "product"])
+def test_a_sign_flipped_and_a_scaled_up_client_are_cut_on_record_and_not_remembered(lora):
+    current = make_adapter(1)
+
+    def towards(length: float, position: int) -> Adapter:
+        return along(along(current, 0, length), position, 0.3 * abs(length))
+
+    honest = [entry(i, towards(1.0, i + 1), current) for i in range(6)]
+    flipped, loud = entry(6, towards(-1.0, 8), current), entry(7, towards(100.0, 9), current)
+    rule = AlignFed()
+    state, step = aggregate(
+        rule, rule.init(current), flush(current, [*honest, flipped, loud], lora)
+    )
+    assert step.cuts[:6] == (1.0,) * 6
+    assert step.weights[6] == step.cuts[6] == 0.0
+    assert step.cuts[7] == pytest.approx(0.02, rel=0.1)
+    assert sorted(state.recall.latest) == list(range(6))
+    assert (step.notes["damped"], step.notes["clipped"]) == (1.0, 1.0)
+
+
+def test_early_harm_is_measured_against_the_last_flushes():
+    current = make_adapter(1)
+    away = flush(
+        current,
+        [entry(0, along(current, 0, -0.2), current)],
+        FactorMean(),
+        calibrator=DistanceCalibrator(along(current, 0, 1.0)),
+    )
+    rule = AlignFed()
+    before = DistanceCalibrator(along(current, 0, 1.0)).loss(current)
+    for losses, taken in (((), False), ((2 * before,), True)):
+        state = dataclasses.replace(rule.init(current), losses=losses)
+        _, step = aggregate(rule, state, away)
+        assert (step.adapter.checksum != current.checksum) == taken

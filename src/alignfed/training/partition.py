@@ -167,9 +167,7 @@ def _deal(
             ) from error
         dealt = _load(_partitioner(settings, 0), dataset)
         _top_up(dealt, every, settings.min_size)
-    return [
-        Share(name=f"client-{client}", rows=tuple(rows)) for client, rows in enumerate(dealt)
-    ]
+    return [Share(name=f"client-{client}", rows=tuple(rows)) for client, rows in enumerate(dealt)]
 
 
 def _load(partitioner: Partitioner, dataset: Dataset) -> list[list[int]]:

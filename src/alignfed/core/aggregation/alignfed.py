@@ -153,7 +153,10 @@ class AlignFed:
         "bfloat16", ("bfloat16", "float32"), "how remembered updates are kept"
     )
     contradiction_limit: float = number(
-        0.5, "an update at this cosine against all others is ignored", low=0, high=1,
+        0.5,
+        "an update at this cosine against all others is ignored",
+        low=0,
+        high=1,
         low_included=False,
     )
     max_norm_ratio: float = number(
