@@ -259,17 +259,30 @@ def test_the_papers_weights_follow_equation_seven():
     assert weights[1] / weights[0] == pytest.approx(math.exp(-0.6) / 2 / 2, rel=1e-5)
 
 
+def lenient(**settings: object) -> AlignFed:
+    """Return a rule with a guard that accepts everything."""
+    return AlignFed(harm_tolerance=1e6, overshoot_margin=1e6, **settings)
+
+
+def heard(current: Adapter, client_id: int, update: Adapter) -> Given:
+    """Return a calibrated flush of one client's update."""
+    calibrator = DistanceCalibrator(along(current, 0, 9.0))
+    entries = [entry(client_id, update, current)]
+    return flush(current, entries, FactorMean(), calibrator=calibrator)
+
+
 def test_absent_clients_are_heard_again_until_they_report():
     current = make_adapter(1)
-    rule = AlignFed(memory_dtype="float32")
+    rule = lenient(memory_dtype="float32")
     state = rule.init(current)
-    first = flush(current, [entry(0, along(current, 0, 1.0), current)], FactorMean())
+    first = heard(current, 0, along(current, 0, 1.0))
     state, alone = aggregate(rule, state, first)
-    second = flush(current, [entry(1, along(current, 1, 1.0), current)], FactorMean())
+    partly = along(along(current, 0, 0.6), 1, 0.8)
+    second = heard(current, 1, partly)
     after, step = aggregate(rule, state, second)
     moved_by = difference(step.adapter, current).dense["score.weight"].view(-1)
-    # What the absent client said comes on top, as its share of a mean over all clients.
-    assert moved_by[:2].tolist() == pytest.approx([1.0 / second.clients, 1.0], abs=1e-5)
+    # The absent client's share of a mean over all comes on top, times its cosine with what is new.
+    assert moved_by[:2].tolist() == pytest.approx([0.6 + 0.6 / second.clients, 0.8], abs=1e-5)
     assert step.notes["remembered_clients"] == 2.0
     _, again = aggregate(rule, state, first)
     assert again.adapter.checksum == alone.adapter.checksum
@@ -278,16 +291,27 @@ def test_absent_clients_are_heard_again_until_they_report():
     assert list(after.recall.latest) == [0, 1]
 
 
-def test_memory_can_be_switched_off():
+def test_what_is_contradicted_now_is_not_heard_again():
     current = make_adapter(1)
-    rule = AlignFed(memory=False)
-    state, step = aggregate(
-        rule,
-        rule.init(current),
-        flush(current, [entry(0, moved(current, 2), current)], FactorMean()),
-    )
-    assert not state.recall.latest
-    assert "remembered_clients" not in step.notes
+    rule = lenient()
+    state = rule.init(current)
+    for position in (0, 1):
+        state, _ = aggregate(rule, state, heard(current, position, along(current, 0, 1.0)))
+    against = heard(current, 2, along(current, 0, -1.0))
+    _, fresh = aggregate(rule, rule.init(current), against)
+    _, remembering = aggregate(rule, state, against)
+    assert remembering.adapter.checksum == fresh.adapter.checksum
+
+
+def test_nobody_is_remembered_where_that_is_off_or_nobody_measures_the_step():
+    current = make_adapter(1)
+    for rule, given in (
+        (lenient(memory=False), heard(current, 0, moved(current, 2))),
+        (AlignFed(), flush(current, [entry(0, moved(current, 2), current)], FactorMean())),
+    ):
+        state, step = aggregate(rule, rule.init(current), given)
+        assert not state.recall.latest
+        assert "remembered_clients" not in step.notes
 
 
 @pytest.mark.parametrize("lora", [FactorMean(), ProductSum()], ids=["factor", "product"])
@@ -299,10 +323,11 @@ def test_a_sign_flipped_and_a_scaled_up_client_are_cut_on_record_and_not_remembe
 
     honest = [entry(i, towards(1.0, i + 1), current) for i in range(6)]
     flipped, loud = entry(6, towards(-1.0, 8), current), entry(7, towards(100.0, 9), current)
-    rule = AlignFed()
-    state, step = aggregate(
-        rule, rule.init(current), flush(current, [*honest, flipped, loud], lora)
+    rule = lenient()
+    given = flush(
+        current, [*honest, flipped, loud], lora, calibrator=DistanceCalibrator(moved(current, 2))
     )
+    state, step = aggregate(rule, rule.init(current), given)
     assert step.cuts[:6] == (1.0,) * 6
     assert step.weights[6] == step.cuts[6] == 0.0
     assert step.cuts[7] == pytest.approx(0.02, rel=0.1)

@@ -161,6 +161,21 @@ def _positive_cosines(gram: Tensor) -> Tensor:
     return cosines.fill_diagonal_(1.0)
 
 
+def accord(gram: Tensor, coefficients: Sequence[float]) -> float:
+    """Return the cosine between ``sum_i c_i delta_i`` and the vector after it, at least 0.
+
+    Args:
+        gram: inner products of the updates and one more vector, shape ``(K + 1, K + 1)``.
+        coefficients: c, of the K updates.
+    """
+    c = torch.tensor(coefficients, dtype=torch.float64)
+    own, other = gram.double()[:-1, :-1], float(gram[-1, -1])
+    square = float(c @ own @ c) * other
+    if not square > 0 or not math.isfinite(square):
+        return 0.0
+    return min(1.0, max(0.0, float(c @ gram.double()[:-1, -1]) / math.sqrt(square)))
+
+
 def step_length(gram: Tensor, coefficients: Sequence[float]) -> float:
     """Return ``|sum_i c_i delta_i|`` from the Gram matrix."""
     c = torch.tensor(coefficients, dtype=torch.float64)

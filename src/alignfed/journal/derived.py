@@ -77,7 +77,7 @@ class DerivedTables:
                     task_id=item.task_id,
                 )
             weight, norm = _finite(item.weight), _finite(item.norm)
-            why = (None, None)
+            why: tuple[str | None, str | None] = (None, None)
             if item.cut < 1.0:
                 why = ("cut", f"coefficient multiplied by {item.cut:.3g}, see the version's notes")
             outcome = ("applied", seq, *why, publish.version, item.staleness, weight, norm)

@@ -26,28 +26,21 @@ from statistics import fmean, median
 
 from torch import Tensor
 
-from alignfed.core.adapter import (
-    DTYPES,
-    Adapter,
-    difference,
-    linear_combination,
-    zeros_like,
-)
+from alignfed.core.adapter import DTYPES, Adapter
 from alignfed.core.aggregation import alignfed_paper
 from alignfed.core.aggregation.held import HeldUpdates, Pair, held_pairs, hold
-from alignfed.core.aggregation.recall import Recall, absent_mean, remember
+from alignfed.core.aggregation.recall import Recall, absent_pair, remember_flush
 from alignfed.core.aggregation.settings import check_settings, choice, number, switch, whole
 from alignfed.core.aggregation.sizes import combining_bytes, comparing_bytes, require_updates
-from alignfed.core.aggregation.transport import Transport, carry
+from alignfed.core.aggregation.transport import Transport, carry, gram_of
 from alignfed.core.agreement import (
+    accord,
     agreement_coefficients,
     clip_scales,
     contradiction_factors,
-    factor_gram,
     lengths,
     step_length,
 )
-from alignfed.core.algebra import innovation, product_gram
 from alignfed.core.fairness import cap_mean, participation, relative_freshness
 from alignfed.core.grouping import damp_deviations
 from alignfed.core.guard import guarded_step
@@ -140,13 +133,13 @@ class AlignFed:
     )
     calibration_positions: int = whole(256, "positions used to fit activation maps", low=1)
     freshness_decay: float = number(
-        0.25, "gamma of (1 + s / (1 + mean s)) ** -gamma", low=0, high=4
+        0.125, "gamma of (1 + s / (1 + mean s)) ** -gamma", low=0, high=4
     )
     reported_decay: float = number(0.2, "gamma of exp(-gamma s), the paper variant's", low=0)
-    participation_exponent: float = number(0.5, "of mean uploads / own uploads", low=0, high=2)
+    participation_exponent: float = number(0.25, "of mean uploads / own uploads", low=0, high=2)
     participation_limit: float = number(4.0, "largest participation factor", low=1)
     memory_share: float = number(
-        1.0, "beta, weight of the mean over absent clients", low=0, high=16
+        1.0, "beta, weight of the mean over absent clients, times their accord", low=0, high=16
     )
     memory_clients: int = whole(256, "clients remembered at most, the most recent ones", low=1)
     memory_dtype: str = choice(
@@ -190,6 +183,10 @@ class AlignFed:
     def needs_calibrator(self) -> bool:
         """Whether stale updates cannot be aligned without a calibration mini-batch."""
         return self.alignment and (self.variant == "paper" or self.alignment_map != "rank")
+
+    def _remembers(self, flush: Flush) -> bool:
+        # Old news on top of a step whose length nobody measures brings late overshoot.
+        return self.memory and self.memory_share > 0 and self._is_guarded(flush)
 
     def init(self, adapter: Adapter) -> AlignFedState:
         """Return the state before the first flush."""
@@ -237,7 +234,9 @@ class AlignFed:
             ridge=self.alignment_ridge,
             max_positions=self.calibration_positions,
         )
-        absent = self._absent(state, flush, space, transport)
+        absent = None
+        if self._remembers(flush):
+            absent = absent_pair(state.recall, flush, space, transport.origin)
         pairs = transport.pairs if absent is None else (*transport.pairs, absent)
         origin = transport.origin
         if origin is None and absent is not None and space == "factor":
@@ -246,57 +245,29 @@ class AlignFed:
         state = replace(
             state,
             norms=(*state.norms, *plan.lengths)[-REMEMBERED_NORMS:],
-            staleness=self._staleness(state, flush),
-            recall=self._remembered(state, flush, transport, plan),
+            staleness=seen_staleness(state, flush),
         )
+        if self._remembers(flush):
+            kept = remember_flush(
+                state.recall,
+                flush,
+                transport.pairs,
+                plan.cuts,
+                self.memory_clients,
+                DTYPES[self.memory_dtype],
+            )
+            state = replace(state, recall=kept)
         notes = {
             **transport.notes,
             **plan.notes,
             "versions": float(len({entry.base_version for entry in flush.updates})),
         }
-        if self.memory:
+        if self._remembers(flush):
             notes["remembered_clients"] = float(len(state.recall.latest))
         coefficients = plan.coefficients
         if absent is not None:
             coefficients = (*coefficients, plan.absent)
         return self._take(state, flush, transport, pairs, coefficients, plan.cuts, notes)
-
-    def _absent(
-        self, state: AlignFedState, flush: Flush, space: str, transport: Transport
-    ) -> Pair | None:
-        """Return the mean of absent clients' last updates as a pair, replayed on the current."""
-        if not (self.memory and self.memory_share):
-            return None
-        present = {entry.client_id for entry in flush.updates}
-        mean = absent_mean(state.recall, present, flush.clients, flush.adapter)
-        if mean is None:
-            return None
-        if space == "factor" and space_of(flush.lora) == "factor":
-            return mean, transport.origin or zeros_like(mean)
-        return linear_combination([(1.0, flush.adapter), (1.0, mean)]), flush.adapter
-
-    def _remembered(
-        self, state: AlignFedState, flush: Flush, transport: Transport, plan: _Plan
-    ) -> Recall:
-        """Return the memory with every whole update of the flush, as far as layouts agree."""
-        if not (self.memory and self.memory_share):
-            return state.recall
-        layout = flush.adapter.layout
-        deltas = {}
-        tasks: dict[int, int] = {}
-        for entry, (update, base), cut in zip(
-            flush.updates, transport.pairs, plan.cuts, strict=True
-        ):
-            fits = update.layout == layout and base.layout == layout
-            if cut < 1.0 or not fits or tasks.get(entry.client_id, -1) > entry.task_id:
-                continue
-            tasks[entry.client_id] = entry.task_id
-            deltas[entry.client_id] = difference(update, base)
-        return remember(state.recall, deltas, self.memory_clients, DTYPES[self.memory_dtype])
-
-    def _staleness(self, state: AlignFedState, flush: Flush) -> tuple[int, ...]:
-        seen = (*state.staleness, *(entry.staleness for entry in flush.updates))
-        return seen[-REMEMBERED_STALENESS:]
 
     def _plan(self, state: AlignFedState, flush: Flush, gram: Tensor) -> _Plan:
         """Return the step; ``gram`` holds the updates and perhaps the absent clients' mean."""
@@ -325,10 +296,10 @@ class AlignFed:
             self.server_step * coefficient * factor
             for coefficient, factor in zip(found, damped, strict=True)
         )
-        absent = self.server_step * self.memory_share if len(gram) > count else 0.0
-        if repeats is not None:
-            # The absent are a repetition of every version since theirs, too.
-            absent *= (1.0 + self.agreement) / (1.0 + self.agreement + fmean(repeats))
+        absent = 0.0
+        if len(gram) > count:
+            # What was said earlier counts as far as it is still being said.
+            absent = self.server_step * self.memory_share * accord(gram, found)
         moving = [norm for norm in (*earlier, *clipped) if norm > 0]
         length = step_length(gram, (*found, absent) if len(gram) > count else found)
         limit = self.max_step_ratio * median(moving) if moving else math.inf
@@ -352,7 +323,7 @@ class AlignFed:
     def _weights(self, state: AlignFedState, flush: Flush) -> tuple[float, ...]:
         if not self.fairness:
             return (1.0,) * len(flush.updates)
-        usual = fmean(self._staleness(state, flush))
+        usual = fmean(seen_staleness(state, flush))
         return cap_mean(
             [
                 relative_freshness(entry.staleness, usual, self.freshness_decay)
@@ -436,12 +407,7 @@ class AlignFed:
         return state, Step(guarded.adapter, weights, notes, work, cuts)
 
 
-def gram_of(pairs: Sequence[Pair], space: str, origin: Adapter | None) -> Tensor:
-    """Return the inner products of ``update - base`` over all pairs, in factors or in products."""
-    if space == "factor":
-        # What was aligned is a difference already: its base is zero throughout.
-        return factor_gram(
-            [update for update, _ in pairs],
-            [None if base is origin else base for _, base in pairs],
-        )
-    return product_gram([innovation(update, base) for update, base in pairs])
+def seen_staleness(state: AlignFedState, flush: Flush) -> tuple[int, ...]:
+    """Return the staleness of the last applied updates, those of the flush included."""
+    seen = (*state.staleness, *(entry.staleness for entry in flush.updates))
+    return seen[-REMEMBERED_STALENESS:]

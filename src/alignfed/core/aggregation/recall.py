@@ -10,13 +10,16 @@ current factors, whatever the LoRA rule. Updates that were cut or damped are not
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from alignfed.core.adapter import Adapter
+from alignfed.core.adapter import Adapter, difference, linear_combination, zeros_like
+from alignfed.core.aggregation.held import Pair
+from alignfed.core.lora import space_of
+from alignfed.core.ports import Flush
 
 Buffers = tuple[Tensor, ...]
 """A factor-wise difference: one flat buffer for each dtype of the adapter's layout, in order."""
@@ -102,6 +105,54 @@ def remember(
         if len(latest) > capacity:
             forget(next(iter(latest)))
     return Recall(latest, tuple(total))
+
+
+def absent_pair(recall: Recall, flush: Flush, space: str, origin: Adapter | None) -> Pair | None:
+    """Return ``absent_mean`` as a pair to be added like an update's, replayed on the current.
+
+    Args:
+        recall: what is remembered.
+        flush: says who is present.
+        space: where angles are measured.
+        origin: the zero adapter that is the base of differences in this flush, if there are any.
+    """
+    present = {entry.client_id for entry in flush.updates}
+    mean = absent_mean(recall, present, flush.clients, flush.adapter)
+    if mean is None:
+        return None
+    if space == "factor" and space_of(flush.lora) == "factor":
+        return mean, origin or zeros_like(mean)
+    return linear_combination([(1.0, flush.adapter), (1.0, mean)]), flush.adapter
+
+
+def remember_flush(
+    recall: Recall,
+    flush: Flush,
+    pairs: Sequence[Pair],
+    cuts: Sequence[float],
+    capacity: int,
+    dtype: torch.dtype,
+) -> Recall:
+    """Return a memory with every update of a flush that was not cut, of each client the newest.
+
+    Updates of another layout than the server's are not remembered.
+
+    Args:
+        recall: what was remembered; not changed.
+        flush: says whose the updates are.
+        pairs: the updates as they were applied, and their bases.
+        cuts: what each was multiplied by.
+        capacity: see ``remember``.
+        dtype: see ``remember``.
+    """
+    layout, tasks, deltas = flush.adapter.layout, dict[int, int](), dict[int, Adapter]()
+    for entry, (update, base), cut in zip(flush.updates, pairs, cuts, strict=True):
+        fits = update.layout == layout and base.layout == layout
+        if cut < 1.0 or not fits or tasks.get(entry.client_id, -1) > entry.task_id:
+            continue
+        tasks[entry.client_id] = entry.task_id
+        deltas[entry.client_id] = difference(update, base)
+    return remember(recall, deltas, capacity, dtype)
 
 
 def _fits(recall: Recall, adapter: Adapter) -> bool:
