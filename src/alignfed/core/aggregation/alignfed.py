@@ -21,15 +21,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 
 from torch import Tensor
 
 from alignfed.core.adapter import DTYPES, Adapter
 from alignfed.core.aggregation import alignfed_paper
+from alignfed.core.aggregation.alignfed_state import (
+    REMEMBERED_NORMS,
+    AlignFedState,
+    seen_staleness,
+)
 from alignfed.core.aggregation.held import HeldUpdates, Pair, held_pairs, hold
-from alignfed.core.aggregation.recall import Recall, absent_pair, remember_flush
+from alignfed.core.aggregation.recall import absent_pair, remember_flush
 from alignfed.core.aggregation.settings import check_settings, choice, number, switch, whole
 from alignfed.core.aggregation.sizes import combining_bytes, comparing_bytes, require_updates
 from alignfed.core.aggregation.transport import Transport, carry, gram_of
@@ -48,40 +53,11 @@ from alignfed.core.instructions import ServerWork
 from alignfed.core.lora import space_of
 from alignfed.core.ports import BufferedUpdate, Flush, LoraRule, Step
 
-REMEMBERED_NORMS = 32
-"""Lengths of past updates kept as a measure for the next ones."""
-
 TRUST_GROWTH = 1.25
 """A step that needed no halving lets the next one start this much longer, up to 1."""
 
-REMEMBERED_STALENESS = 64
-"""Applied updates whose mean staleness counts as usual."""
-
 LEAST_TRUST = 2.0**-6
 """Shortest step the guard starts from; shorter ones would not be worth an upload."""
-
-
-@dataclass(frozen=True, slots=True)
-class AlignFedState:
-    """What AlignFed remembers between flushes.
-
-    Attributes:
-        trust: what the guard multiplies the next step by before trying it.
-        norms: lengths (after clipping) of the last updates.
-        staleness: of the last updates.
-        calibrated_version: server version whose calibration loss is known (-1: none).
-        calibration_loss: that loss, in nats.
-        losses: calibration losses before the last flushes, as far as the guard looks back.
-        recall: what clients said last.
-    """
-
-    trust: float = 1.0
-    norms: tuple[float, ...] = ()
-    staleness: tuple[int, ...] = ()
-    calibrated_version: int = -1
-    calibration_loss: float = 0.0
-    losses: tuple[float, ...] = ()
-    recall: Recall = field(default_factory=Recall)
 
 
 @dataclass(frozen=True, slots=True)
@@ -405,9 +381,3 @@ class AlignFed:
         moved += (guarded.forwards - 1) * combining_bytes(flush)
         work = ServerWork(moved, calibrator.tokens * forwards)
         return state, Step(guarded.adapter, weights, notes, work, cuts)
-
-
-def seen_staleness(state: AlignFedState, flush: Flush) -> tuple[int, ...]:
-    """Return the staleness of the last applied updates, those of the flush included."""
-    seen = (*state.staleness, *(entry.staleness for entry in flush.updates))
-    return seen[-REMEMBERED_STALENESS:]
