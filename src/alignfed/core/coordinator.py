@@ -302,7 +302,7 @@ class Coordinator:
         if self.put_by is not None:
             adapter = self.put_by(adapter)
         state.gathered = rule.receive(state.gathered, entry, adapter, base, self.lora)
-        work_ahead(rule, state.gathered, state.adapter, self.lora)
+        work_ahead(rule, state.gathered, state.adapter, self.lora, self.calibrator)
 
     def _flush_if_complete(
         self, state: CoordinatorState, now_s: float, out: list[Instruction]
@@ -372,8 +372,11 @@ class Coordinator:
                 entry.staleness,
                 weight,
                 entry.norm,
+                cut,
             )
-            for entry, weight in zip(updates, step.weights, strict=True)
+            for entry, weight, cut in zip(
+                updates, step.weights, step.cuts or (1.0,) * len(updates), strict=True
+            )
         )
         out.append(Publish(state.version, adapter, applied, step.notes, step.work))
 
