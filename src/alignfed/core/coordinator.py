@@ -324,19 +324,13 @@ class Coordinator:
         state.version += 1
         state.adapter = adapter
         state.snapshots[state.version] = Snapshot(adapter)
+        cuts = step.cuts or (1.0,) * len(updates)
         applied = tuple(
             AppliedUpload(
-                entry.task_id,
-                entry.client_id,
-                entry.base_version,
-                entry.staleness,
-                weight,
-                entry.norm,
-                cut,
+                *(entry.task_id, entry.client_id, entry.base_version, entry.staleness),
+                *(weight, entry.norm, cut),
             )
-            for entry, weight, cut in zip(
-                updates, step.weights, step.cuts or (1.0,) * len(updates), strict=True
-            )
+            for entry, weight, cut in zip(updates, step.weights, cuts, strict=True)
         )
         out.append(Publish(state.version, adapter, applied, step.notes, step.work))
 
