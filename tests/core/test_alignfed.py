@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from alignfed.core.adapter import Adapter, difference, norm
-from alignfed.core.aggregation.alignfed import LEAST_TRUST, AlignFed
+from alignfed.core.aggregation.alignfed import AlignFed
+from alignfed.core.aggregation.trust import LEAST_TRUST
 from alignfed.core.lora import FactorMean, ProductSum
 from alignfed.errors import RuleError
 from tests.contract.flushes import DistanceCalibrator, Given, aggregate, entry, flush, stale_flush

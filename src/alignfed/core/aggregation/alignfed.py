@@ -44,6 +44,7 @@ from alignfed.core.aggregation.recall import absent_pair, remember_flush
 from alignfed.core.aggregation.settings import check_settings, choice, number, switch, whole
 from alignfed.core.aggregation.sizes import combining_bytes, comparing_bytes, require_updates
 from alignfed.core.aggregation.transport import carry, gram_of
+from alignfed.core.aggregation.trust import trusted_step
 from alignfed.core.agreement import (
     accord,
     agreement_coefficients,
@@ -54,17 +55,10 @@ from alignfed.core.agreement import (
 )
 from alignfed.core.fairness import cap_mean, participation, relative_freshness
 from alignfed.core.grouping import damp_deviations
-from alignfed.core.guard import guarded_step
 from alignfed.core.instructions import ServerWork
 from alignfed.core.lora import is_linear, space_of
 from alignfed.core.lora.factor import FactorSum
 from alignfed.core.ports import BufferedUpdate, Calibrator, Flush, LoraRule, Step
-
-TRUST_GROWTH = 1.25
-"""A step that needed no halving lets the next one start this much longer, up to 1."""
-
-LEAST_TRUST = 2.0**-6
-"""Shortest step the guard starts from; shorter ones would not be worth an upload."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,13 +364,8 @@ class AlignFed:
     ) -> tuple[AlignFedState, Step]:
         """Take the step, as far as the guard lets it.
 
-        Args:
-            state: the state before the flush.
-            flush: the flush.
-            plan: the step's coefficients.
-            candidate: returns the adapter that a multiple of the step leads to.
-            notes: what to record of the alignment.
-            forwards: calibration mini-batches sent forward for it.
+        ``candidate`` returns the adapter that a multiple of the step leads to; ``notes`` and
+        ``forwards`` (calibration mini-batches) are the alignment's.
         """
         coefficients = plan.coefficients
         state = replace(
@@ -392,44 +381,19 @@ class AlignFed:
             tokens = calibrator.tokens * forwards if calibrator else 0
             work = ServerWork(moved, tokens)
             return state, Step(candidate(1.0), coefficients, notes, work, plan.cuts)
-        before = state.calibration_loss
-        if state.calibrated_version != flush.version:
-            before = calibrator.loss(flush.adapter)
-            forwards += 1
-        losses = (*state.losses, before)[-self.harm_window :]
-        guarded = guarded_step(
-            flush.adapter,
-            candidate,
+        found = trusted_step(
+            state,
+            flush,
             calibrator,
-            loss_before=before,
-            highest=max((loss for loss in losses if math.isfinite(loss)), default=before),
-            scale=state.trust,
+            candidate,
             tolerance=self.harm_tolerance,
             margin=self.overshoot_margin,
+            window=self.harm_window,
             max_backtracks=self.max_backtracks,
         )
-        forwards += guarded.forwards
-        trust = guarded.tried_scale
-        if guarded.scale == 0:
-            trust /= 2
-        elif guarded.halvings == 0:
-            trust = min(1.0, trust * TRUST_GROWTH)
-        known = math.isfinite(guarded.loss)
-        measured = {"calibration_loss_before": before, "calibration_loss_after": guarded.loss}
-        notes = {
-            **notes,
-            **{name: loss for name, loss in measured.items() if math.isfinite(loss)},
-            "step_scale": guarded.scale,
-            "backtracks": float(guarded.halvings),
-        }
-        state = replace(
-            state,
-            trust=max(LEAST_TRUST, trust),
-            losses=losses if math.isfinite(before) else state.losses,
-            calibrated_version=flush.version + 1 if known else -1,
-            calibration_loss=guarded.loss if known else 0.0,
-        )
+        guarded, forwards = found.step, forwards + found.forwards
+        notes = {**notes, **found.notes}
         weights = tuple(guarded.scale * coefficient for coefficient in coefficients)
         moved += (guarded.forwards - 1) * combining_bytes(flush)
         work = ServerWork(moved, calibrator.tokens * forwards)
-        return state, Step(guarded.adapter, weights, notes, work, plan.cuts)
+        return found.state, Step(guarded.adapter, weights, notes, work, plan.cuts)
