@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TypeAlias
 
 import torch
@@ -170,9 +170,9 @@ class Adapter:
             AdapterError: factors that do not fit each other, or a dtype outside ``DTYPES``.
         """
         dense = dense or {}
-        layout = AdapterLayout(
-            lora=tuple((name, _lora_shape(name, lora[name])) for name in sorted(lora)),
-            dense=tuple((name, _dense_shape(name, dense[name])) for name in sorted(dense)),
+        layout = _layout(
+            tuple((name, _lora_shape(name, lora[name])) for name in sorted(lora)),
+            tuple((name, _dense_shape(name, dense[name])) for name in sorted(dense)),
         )
         pieces: dict[torch.dtype, list[Tensor]] = {}
         for name, part, dtype, _, _ in layout.slices:
@@ -212,7 +212,7 @@ class Adapter:
         """Return whether no element is NaN or infinite."""
         # A sum is NaN or infinite if any element is, and reads memory once without a mask.
         return all(
-            bool(torch.isfinite(buffer.sum(dtype=torch.float32)))
+            math.isfinite(buffer.sum(dtype=torch.float32).item())
             or bool(torch.isfinite(buffer).all())
             for buffer in self.buffers.values()
         )
@@ -315,7 +315,8 @@ def distance(adapter: Adapter, base: Adapter) -> float:
     Raises:
         AdapterError: the layouts differ.
     """
-    require_same_layout(adapter, base)
+    if adapter.layout is not base.layout:
+        require_same_layout(adapter, base)
     square = 0.0
     for dtype, buffer in adapter.buffers.items():
         other = base.buffers[dtype]
@@ -362,6 +363,14 @@ def dtype_name(dtype: torch.dtype) -> str:
         ) from None
 
 
+@lru_cache(maxsize=64)
+def _layout(
+    lora: tuple[tuple[str, LoraShape], ...], dense: tuple[tuple[str, DenseShape], ...]
+) -> AdapterLayout:
+    """Return a layout; equal ones are one object, compared by a look and measured once."""
+    return AdapterLayout(lora, dense)
+
+
 def _lora_shape(name: str, factors: LoraFactors) -> LoraShape:
     a, b = factors.a, factors.b
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
@@ -380,7 +389,10 @@ def _lora_shape(name: str, factors: LoraFactors) -> LoraShape:
             f"{frozen} of {rank} directions of {name!r} are frozen; at least one must be trained",
             module=name,
         )
-    return LoraShape(a.shape[1], b.shape[0], rank, factors.alpha, dtype_name(a.dtype), frozen)
+    # A float, so that equal layouts are written alike: 4 and 4.0 would have two checksums.
+    return LoraShape(
+        a.shape[1], b.shape[0], rank, float(factors.alpha), dtype_name(a.dtype), frozen
+    )
 
 
 def _dense_shape(name: str, tensor: Tensor) -> DenseShape:

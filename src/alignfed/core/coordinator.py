@@ -266,7 +266,8 @@ class Coordinator:
         if record.uploads == 1:
             state.participants += 1
         state.norms.add(update_norm)
-        if not state.buffer and not rule.synchronous:
+        buffer, layout = state.buffer, adapter.layout
+        if not buffer and not rule.synchronous:
             state.flush_due_s = now_s + self.settings.flush_timeout_s
         entry = BufferedUpdate(
             update.task_id,
@@ -276,9 +277,9 @@ class Coordinator:
             update_norm,
             record.uploads,
             state.version - update.base_version,
-            adapter.layout.size_bytes + base.layout.size_bytes,
+            layout.size_bytes + base.layout.size_bytes,
         )
-        state.buffer.append(entry)
+        buffer.append(entry)
         state.gathered = rule.receive(state.gathered, entry, adapter, base, self.lora)
 
     def _flush_if_complete(
@@ -362,7 +363,9 @@ class Coordinator:
             out.append(Evaluate(state.version, state.adapter))
 
     def _set_timer(self, state: CoordinatorState, out: list[Instruction]) -> None:
-        due_s = min(state.flush_due_s, self.settings.stop.max_time_s, tasks.next_due_s(state))
+        due_s = min(state.flush_due_s, self.settings.stop.max_time_s)
+        if state.deadlines or state.cooling:
+            due_s = min(due_s, tasks.next_due_s(state))
         if due_s < state.wake_at_s:
             state.wake_at_s = due_s
             out.append(SetTimer(due_s))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -59,7 +59,7 @@ class FedAsync:
     mixing: float = number(
         0.6, "a, mixing rate of a fresh update", low=0, high=1, low_included=False
     )
-    discount: str = choice("polynomial", DISCOUNTS, "sigma, how staleness is discounted")
+    discount: Discount = choice("polynomial", DISCOUNTS, "sigma, how staleness is discounted")
     exponent: float = number(0.5, "p of (1 + s)^-p (polynomial)", low=0)
     hinge_slope: float = number(10.0, "h of 1 / (h (s - b) + 1) (hinge)", low=0, low_included=False)
     hinge_start: int = whole(6, "b, staleness up to which nothing is discounted (hinge)", low=0)
@@ -124,11 +124,7 @@ class FedAsync:
 
     def _rate(self, entry: BufferedUpdate) -> float:
         return self.mixing * discount(
-            cast(Discount, self.discount),
-            entry.staleness,
-            exponent=self.exponent,
-            slope=self.hinge_slope,
-            start=self.hinge_start,
+            self.discount, entry.staleness, self.exponent, self.hinge_slope, self.hinge_start
         )
 
 

@@ -8,7 +8,7 @@ of updates, not by the sum of the discounts: staleness shrinks the step.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from alignfed.core.adapter import Adapter
 from alignfed.core.aggregation.settings import check_settings, choice, number, whole
@@ -28,7 +28,7 @@ class FedBuff:
     """``x <- x + (eta / K) sum_i sigma(s_i) (w_i - base_i)``, each update against its own base."""
 
     server_step: float = number(1.0, "eta", low=0, low_included=False)
-    discount: str = choice("polynomial", DISCOUNTS, "sigma, how staleness is discounted")
+    discount: Discount = choice("polynomial", DISCOUNTS, "sigma, how staleness is discounted")
     exponent: float = number(0.5, "p of (1 + s)^-p (polynomial)", low=0)
     hinge_slope: float = number(10.0, "h of 1 / (h (s - b) + 1) (hinge)", low=0, low_included=False)
     hinge_start: int = whole(6, "b, staleness up to which nothing is discounted (hinge)", low=0)
@@ -60,17 +60,13 @@ class FedBuff:
         """
         require_updates(flush)
         scale = self.server_step / len(flush.updates)
-        ages = {entry.staleness for entry in flush.updates}
-        weight_at = {age: scale * self._discount(age) for age in ages}
-        weights = tuple(weight_at[entry.staleness] for entry in flush.updates)
+        ages = [entry.staleness for entry in flush.updates]
+        weight_at = {age: scale * self._discount(age) for age in set(ages)}
+        weights = tuple([weight_at[age] for age in ages])
         adapter = flush.lora.move(flush.adapter, gathered, scale)
         return state, Step(adapter, weights, work=ServerWork(combining_bytes(flush)))
 
     def _discount(self, staleness: int) -> float:
         return discount(
-            cast(Discount, self.discount),
-            staleness,
-            exponent=self.exponent,
-            slope=self.hinge_slope,
-            start=self.hinge_start,
+            self.discount, staleness, self.exponent, self.hinge_slope, self.hinge_start
         )

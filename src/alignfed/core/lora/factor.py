@@ -92,7 +92,8 @@ class FactorMean:
         Raises:
             AdapterError: the layouts differ; factors of unequal rank cannot be added.
         """
-        require_same_layout(update, base)
+        if update.layout is not base.layout:
+            require_same_layout(update, base)
         if total is None:
             total = FactorSum()
         if base_version in total.shares:
@@ -115,7 +116,6 @@ class FactorMean:
         """
         if total is None:
             return current
-        _add_waiting(total)
         for version, base in total.bases.items():
             require_same_layout(current, base)
             total.waiting.append((-total.shares[version], base))
