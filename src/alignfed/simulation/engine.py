@@ -73,7 +73,8 @@ class EngineParts:
         evaluate_own: scores each client's own adapter on its own data instead, where clients keep
             a part of theirs.
         journal: keeps the record; None keeps none.
-        cohort_size: how many tasks to compute together at most.
+        cohort_size: how many tasks to compute together at most; which they were is recorded if it
+            is above 1.
         calibration_flops_per_token: forward FLOPs of one calibration token on the server.
         most_idle_events: so many events without progress are a standstill, a dispatch counting
             as ten and a refused upload as a hundred; so many more for every further hundred
@@ -335,12 +336,10 @@ class Engine:
     def _compute(self, needed: RunningTask) -> None:
         """Compute the result needed now, and with it others that will be needed."""
         parts = self._parts
-        if parts.cohort_size == 1 and parts.journal is None:
+        if parts.cohort_size == 1:  # nothing to record: no task is computed with another
             (needed.result,) = parts.trainer.train([TrainingJob(needed.task, needed.adapter)])
             return
-        cohort = [needed]
-        if parts.cohort_size > 1:
-            cohort += self._worth_computing(needed)
+        cohort = [needed, *self._worth_computing(needed)]
         jobs = [TrainingJob(running.task, running.adapter) for running in cohort]
         results = parts.trainer.train(jobs)
         for running, result in zip(cohort, results, strict=True):
