@@ -116,6 +116,7 @@ class FactorMean:
         """
         if total is None:
             return current
+        _add_waiting(total)
         for version, base in total.bases.items():
             require_same_layout(current, base)
             total.waiting.append((-total.shares[version], base))
