@@ -43,7 +43,7 @@ class NormHistory:
     def add(self, norm: float) -> None:
         """Remember the norm of an accepted update; the oldest is forgotten."""
         recent, ordered = self.recent, self.ordered
-        if len(recent) == recent.maxlen:
+        if len(ordered) == recent.maxlen:
             del ordered[bisect_left(ordered, recent[0])]
         recent.append(norm)
         insort(ordered, norm)
@@ -143,7 +143,7 @@ def check_numbers(update: Update, update_norm: float, history: NormHistory) -> R
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             return Rejection(RejectReason.NOT_FINITE, f"metric {name!r} is {value!r}")
     limit = history.limit()
-    if math.isfinite(update_norm) and update_norm <= limit:
+    if update_norm <= limit and update_norm < math.inf:
         return None
     return Rejection(
         RejectReason.OUTLYING_NORM,
