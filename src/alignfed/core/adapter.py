@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import TypeAlias
 
@@ -29,6 +29,9 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 PIECE = 1 << 18
 """Elements of a flat buffer that are worked on at a time."""
+
+Slice: TypeAlias = "tuple[str, str, torch.dtype, tuple[int, ...], int]"
+"""Where a tensor lies: ``(name, part, dtype, shape, offset)``; part is a, b or dense."""
 
 Term: TypeAlias = "tuple[float, Adapter]"
 """A coefficient and the adapter it scales."""
@@ -82,47 +85,41 @@ class DenseShape:
     dtype: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class AdapterLayout:
     """What an adapter holds and where: names in sorted order, LoRA first, A before B.
 
     Attributes:
         lora: ``(module name, sizes)`` pairs.
         dense: ``(tensor name, shape)`` pairs.
+        slices: where each tensor lies.
+        sizes: elements in the flat buffer of each dtype.
+        size_bytes: bytes of all tensors together: what one transfer of the adapter carries.
+        folded: whether some directions belong to the base weights (``LoraFactors.frozen``).
     """
 
     lora: tuple[tuple[str, LoraShape], ...]
     dense: tuple[tuple[str, DenseShape], ...]
+    # What follows from these is worked out once: it is asked for several times an upload.
+    slices: tuple[Slice, ...] = field(init=False, repr=False, compare=False)
+    sizes: Mapping[torch.dtype, int] = field(init=False, repr=False, compare=False)
+    size_bytes: int = field(init=False, repr=False, compare=False)
+    folded: bool = field(init=False, repr=False, compare=False)
 
-    @cached_property
-    def slices(self) -> tuple[tuple[str, str, torch.dtype, tuple[int, ...], int], ...]:
-        """``(name, part, dtype, shape, offset)`` of each tensor; part is a, b or dense."""
-        ends: dict[torch.dtype, int] = {}
-        found = []
+    def __post_init__(self) -> None:
+        """Find every tensor's place."""
+        sizes: dict[torch.dtype, int] = {}
+        slices = []
         for name, part, dtype_name, shape in self._tensors():
             dtype = DTYPES[dtype_name]
-            offset = ends.get(dtype, 0)
-            ends[dtype] = offset + math.prod(shape)
-            found.append((name, part, dtype, shape, offset))
-        return tuple(found)
-
-    @cached_property
-    def sizes(self) -> Mapping[torch.dtype, int]:
-        """Elements in the flat buffer of each dtype."""
-        ends: dict[torch.dtype, int] = {}
-        for _, _, dtype, shape, offset in self.slices:
-            ends[dtype] = offset + math.prod(shape)
-        return ends
-
-    @cached_property
-    def size_bytes(self) -> int:
-        """Bytes of all tensors together: what one transfer of the adapter carries."""
-        return sum(count * dtype.itemsize for dtype, count in self.sizes.items())
-
-    @cached_property
-    def folded(self) -> bool:
-        """Whether some directions belong to the base weights (``LoraFactors.frozen``)."""
-        return any(shape.frozen for _, shape in self.lora)
+            offset = sizes.get(dtype, 0)
+            sizes[dtype] = offset + math.prod(shape)
+            slices.append((name, part, dtype, shape, offset))
+        size_bytes = sum(count * dtype.itemsize for dtype, count in sizes.items())
+        object.__setattr__(self, "slices", tuple(slices))
+        object.__setattr__(self, "sizes", sizes)
+        object.__setattr__(self, "size_bytes", size_bytes)
+        object.__setattr__(self, "folded", any(shape.frozen for _, shape in self.lora))
 
     def describe_difference(self, other: AdapterLayout) -> str | None:
         """Return the first difference in words, or None when both layouts are equal."""

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 from alignfed.core import admission, tasks
@@ -53,7 +52,7 @@ from alignfed.core.update import Task, Update
 from alignfed.errors import CoordinatorError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Coordinator:
     """The rules of a run; what changes lives in ``CoordinatorState``.
 
@@ -63,6 +62,7 @@ class Coordinator:
         lora: how LoRA factors combine.
         calibrator: the server's calibration mini-batch, if it holds one.
         exchange: what of an adapter travels, and at which rank.
+        scheduler: the rule's, if it has one.
     """
 
     settings: CoordinatorSettings
@@ -70,11 +70,11 @@ class Coordinator:
     lora: LoraRule
     calibrator: Calibrator | None = None
     exchange: Exchange = WHOLE
+    scheduler: Scheduler | None = field(init=False)
 
-    @cached_property
-    def scheduler(self) -> Scheduler | None:
-        """The rule's scheduler, if it has one."""
-        return scheduler_of(self.rule)
+    def __post_init__(self) -> None:
+        """Look the rule's scheduler up once, not with every event."""
+        object.__setattr__(self, "scheduler", scheduler_of(self.rule))
 
     def initial_state(self, adapter: Adapter) -> CoordinatorState:
         """Return the state before the first event, with ``adapter`` as version 0."""
@@ -143,7 +143,8 @@ class Coordinator:
             state.rejections[judged.reason] += 1
             out.append(Reject(update.task_id, update.client_id, judged.reason, judged.detail))
         else:
-            self._buffer(state, update, *judged, now_s)
+            adapter, base, update_norm = judged
+            self._buffer(state, update, adapter, base, update_norm, now_s)
         if state.stopped is None:
             self._flush_if_complete(state, now_s, out)
         if state.stopped is None:
@@ -248,7 +249,8 @@ class Coordinator:
         update_norm = distance(adapter, sent)
         if (rejection := admission.check_numbers(update, update_norm, state.norms)) is not None:
             return rejection
-        return *exchange.compared(adapter, sent, snapshot.adapter), update_norm
+        compared, base = exchange.compared(adapter, sent, snapshot.adapter)
+        return compared, base, update_norm
 
     def _buffer(
         self,

@@ -59,7 +59,7 @@ DISPATCH_WEIGHT = 10
 """Events that a refused upload (its training may have been computed) and a dispatch count as."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class EngineParts:
     """What an engine is made of.
 

@@ -35,7 +35,7 @@ class TaskTimes:
     lost_reason: LostReason | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Fleet:
     """Devices and their conditions over time."""
 
