@@ -249,8 +249,7 @@ class Coordinator:
         update_norm = distance(adapter, sent)
         if (rejection := admission.check_numbers(update, update_norm, state.norms)) is not None:
             return rejection
-        compared, base = exchange.compared(adapter, sent, snapshot.adapter)
-        return compared, base, update_norm
+        return *exchange.compared(adapter, sent, snapshot.adapter), update_norm
 
     def _buffer(
         self,
@@ -268,8 +267,7 @@ class Coordinator:
         if record.uploads == 1:
             state.participants += 1
         state.norms.add(update_norm)
-        buffer, layout = state.buffer, adapter.layout
-        if not buffer and not rule.synchronous:
+        if not state.buffer and not rule.synchronous:
             state.flush_due_s = now_s + self.settings.flush_timeout_s
         entry = BufferedUpdate(
             update.task_id,
@@ -279,9 +277,9 @@ class Coordinator:
             update_norm,
             record.uploads,
             state.version - update.base_version,
-            layout.size_bytes + base.layout.size_bytes,
+            adapter.layout.size_bytes + base.layout.size_bytes,
         )
-        buffer.append(entry)
+        state.buffer.append(entry)
         state.gathered = rule.receive(state.gathered, entry, adapter, base, self.lora)
 
     def _flush_if_complete(

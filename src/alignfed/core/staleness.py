@@ -62,7 +62,7 @@ def hinge(staleness: int, slope: float = 10.0, start: int = 6) -> float:
 
 
 @lru_cache(maxsize=4096)  # asked for with every upload, of few different staleness
-def discount(kind: Discount, staleness: int, exponent: float, slope: float, start: int) -> float:
+def discount(kind: str, staleness: int, exponent: float, slope: float, start: int) -> float:
     """Return the discount of that name; ``exponent`` is of one of them, the others of another.
 
     Raises:

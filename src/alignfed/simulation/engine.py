@@ -35,12 +35,7 @@ from alignfed.core.instructions import (
     SetTimer,
     Stop,
 )
-from alignfed.core.ports import (
-    ClientTrainer,
-    Evaluation,
-    Journal,
-    TrainingJob,
-)
+from alignfed.core.ports import ClientTrainer, Evaluation, Journal, TrainingJob
 from alignfed.core.update import Update
 from alignfed.simulation.clock import VirtualClock
 from alignfed.simulation.cost import ServerProfile, TaskCost

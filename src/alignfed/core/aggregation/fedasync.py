@@ -18,7 +18,7 @@ from alignfed.core.aggregation.sizes import combining_bytes, require_updates
 from alignfed.core.instructions import ServerWork
 from alignfed.core.lora import is_separable
 from alignfed.core.ports import BufferedUpdate, Flush, LoraRule, Step
-from alignfed.core.staleness import DISCOUNTS, Discount, discount
+from alignfed.core.staleness import DISCOUNTS, discount
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class FedAsync:
     mixing: float = number(
         0.6, "a, mixing rate of a fresh update", low=0, high=1, low_included=False
     )
-    discount: Discount = choice("polynomial", DISCOUNTS, "sigma, how staleness is discounted")
+    discount: str = choice("polynomial", DISCOUNTS, "sigma, how staleness is discounted")
     exponent: float = number(0.5, "p of (1 + s)^-p (polynomial)", low=0)
     hinge_slope: float = number(10.0, "h of 1 / (h (s - b) + 1) (hinge)", low=0, low_included=False)
     hinge_start: int = whole(6, "b, staleness up to which nothing is discounted (hinge)", low=0)

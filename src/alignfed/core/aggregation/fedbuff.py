@@ -15,7 +15,7 @@ from alignfed.core.aggregation.settings import check_settings, choice, number, w
 from alignfed.core.aggregation.sizes import combining_bytes, require_updates
 from alignfed.core.instructions import ServerWork
 from alignfed.core.ports import BufferedUpdate, Flush, LoraRule, Step
-from alignfed.core.staleness import DISCOUNTS, Discount, discount
+from alignfed.core.staleness import DISCOUNTS, discount
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class FedBuff:
     """``x <- x + (eta / K) sum_i sigma(s_i) (w_i - base_i)``, each update against its own base."""
 
     server_step: float = number(1.0, "eta", low=0, low_included=False)
-    discount: Discount = choice("polynomial", DISCOUNTS, "sigma, how staleness is discounted")
+    discount: str = choice("polynomial", DISCOUNTS, "sigma, how staleness is discounted")
     exponent: float = number(0.5, "p of (1 + s)^-p (polynomial)", low=0)
     hinge_slope: float = number(10.0, "h of 1 / (h (s - b) + 1) (hinge)", low=0, low_included=False)
     hinge_start: int = whole(6, "b, staleness up to which nothing is discounted (hinge)", low=0)
@@ -67,6 +67,4 @@ class FedBuff:
         return state, Step(adapter, weights, work=ServerWork(combining_bytes(flush)))
 
     def _discount(self, staleness: int) -> float:
-        return discount(
-            self.discount, staleness, self.exponent, self.hinge_slope, self.hinge_start
-        )
+        return discount(self.discount, staleness, self.exponent, self.hinge_slope, self.hinge_start)
