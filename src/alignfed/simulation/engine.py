@@ -341,7 +341,7 @@ class Engine:
             running.result = result
         if parts.journal is not None:
             task_ids = [running.task.task_id for running in cohort]
-            self._parts.journal.record_cohort(self._state.now_s, task_ids)
+            parts.journal.record_cohort(self._state.now_s, task_ids)
 
     def _worth_computing(self, needed: RunningTask) -> list[RunningTask]:
         """Tasks under way that will report before the run can end, earliest first."""
