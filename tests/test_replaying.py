@@ -247,7 +247,7 @@ def test_an_event_taken_out_is_a_divergence(run: Path) -> None:
 def test_an_answer_changed_or_taken_out_is_a_divergence(run: Path) -> None:
     notes = rows(run, "CalibratorAnswered")
     copy = shutil.copytree(run, run.parent / "other")
-    edit_body(run, notes[0].seq, lambda body: body["answers"][-1].__setitem__(2, "1e9"))
+    edit_body(run, notes[0].seq, lambda body: body["answers"][0].__setitem__(2, "1e9"))
     assert alignfed.replay(run).divergence is not None
     edit_body(copy, notes[0].seq, lambda body: body["answers"].pop())
     result = alignfed.replay(copy)

@@ -118,3 +118,10 @@ def test_adapters_that_do_not_fit_are_refused_by_name(other, words):
 def test_impossible_factors_are_refused(factors):
     with pytest.raises(AdapterError):
         Adapter.pack({"layer": factors})
+
+
+def test_adapters_of_equal_sizes_share_one_layout_whose_alpha_is_a_float():
+    first, other = make_adapter(1, alpha=4), make_adapter(2, alpha=4.0)
+    assert first.layout is other.layout
+    assert [repr(shape.alpha) for _, shape in first.layout.lora] == ["4.0", "4.0"]
+    assert make_adapter(1, alpha=5.0).layout is not first.layout

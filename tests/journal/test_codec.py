@@ -278,3 +278,13 @@ def test_the_text_is_strict_json() -> None:
     value = [math.inf, -math.inf, math.nan, -0.0, 1e-320, Reject(1, 2, RejectReason.NOT_FINITE, "")]
     json.loads(codec().encode(value).text, parse_constant=refuse)
     assert same(round_trip(value[:5]), value[:5])
+
+
+def test_what_a_layout_works_out_of_itself_is_worked_out_again():
+    layout = make_adapter(rank=3).layout
+    encoded = Codec().encode(layout)
+    assert "float32" in encoded.text and "slices" not in encoded.text
+    again = Codec().decode(encoded)
+    assert again == layout
+    assert (again.slices, again.sizes) == (layout.slices, layout.sizes)
+    assert (again.size_bytes, again.folded) == (layout.size_bytes, False)

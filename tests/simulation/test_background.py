@@ -57,7 +57,9 @@ def test_the_run_is_that_of_a_trainer_that_is_waited_for(cohort_size, lookahead)
     assert tape.without_cohorts() == tape_alone.without_cohorts()
     assert alone.state.coordinator.adapter.checksum == ahead.state.coordinator.adapter.checksum
     given = [task_ids for task_ids, _ in trainer.given]
-    assert tape.cohorts == [tuple(task_ids) for task_ids in given]
+    # A task that is computed alone leaves no row of its cohort.
+    recorded = [tuple(task_ids) for task_ids in given] if cohort_size > 1 else []
+    assert tape.cohorts == recorded
     every = [task_id for task_ids in given for task_id in task_ids]
     assert len(every) == len(set(every))
     assert max(map(len, given)) <= cohort_size

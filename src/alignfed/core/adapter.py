@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from typing import TypeAlias
 
 import torch
@@ -29,6 +29,9 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 PIECE = 1 << 18
 """Elements of a flat buffer that are worked on at a time."""
+
+Slice: TypeAlias = "tuple[str, str, torch.dtype, tuple[int, ...], int]"
+"""Where a tensor lies: ``(name, part, dtype, shape, offset)``; part is a, b or dense."""
 
 Term: TypeAlias = "tuple[float, Adapter]"
 """A coefficient and the adapter it scales."""
@@ -82,47 +85,41 @@ class DenseShape:
     dtype: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class AdapterLayout:
     """What an adapter holds and where: names in sorted order, LoRA first, A before B.
 
     Attributes:
         lora: ``(module name, sizes)`` pairs.
         dense: ``(tensor name, shape)`` pairs.
+        slices: where each tensor lies.
+        sizes: elements in the flat buffer of each dtype.
+        size_bytes: bytes of all tensors together: what one transfer of the adapter carries.
+        folded: whether some directions belong to the base weights (``LoraFactors.frozen``).
     """
 
     lora: tuple[tuple[str, LoraShape], ...]
     dense: tuple[tuple[str, DenseShape], ...]
+    # What follows from these is worked out once: it is asked for several times an upload.
+    slices: tuple[Slice, ...] = field(init=False, repr=False, compare=False)
+    sizes: Mapping[torch.dtype, int] = field(init=False, repr=False, compare=False)
+    size_bytes: int = field(init=False, repr=False, compare=False)
+    folded: bool = field(init=False, repr=False, compare=False)
 
-    @cached_property
-    def slices(self) -> tuple[tuple[str, str, torch.dtype, tuple[int, ...], int], ...]:
-        """``(name, part, dtype, shape, offset)`` of each tensor; part is a, b or dense."""
-        ends: dict[torch.dtype, int] = {}
-        found = []
+    def __post_init__(self) -> None:
+        """Find every tensor's place."""
+        sizes: dict[torch.dtype, int] = {}
+        slices = []
         for name, part, dtype_name, shape in self._tensors():
             dtype = DTYPES[dtype_name]
-            offset = ends.get(dtype, 0)
-            ends[dtype] = offset + math.prod(shape)
-            found.append((name, part, dtype, shape, offset))
-        return tuple(found)
-
-    @cached_property
-    def sizes(self) -> Mapping[torch.dtype, int]:
-        """Elements in the flat buffer of each dtype."""
-        ends: dict[torch.dtype, int] = {}
-        for _, _, dtype, shape, offset in self.slices:
-            ends[dtype] = offset + math.prod(shape)
-        return ends
-
-    @cached_property
-    def size_bytes(self) -> int:
-        """Bytes of all tensors together: what one transfer of the adapter carries."""
-        return sum(count * dtype.itemsize for dtype, count in self.sizes.items())
-
-    @cached_property
-    def folded(self) -> bool:
-        """Whether some directions belong to the base weights (``LoraFactors.frozen``)."""
-        return any(shape.frozen for _, shape in self.lora)
+            offset = sizes.get(dtype, 0)
+            sizes[dtype] = offset + math.prod(shape)
+            slices.append((name, part, dtype, shape, offset))
+        size_bytes = sum(count * dtype.itemsize for dtype, count in sizes.items())
+        object.__setattr__(self, "slices", tuple(slices))
+        object.__setattr__(self, "sizes", sizes)
+        object.__setattr__(self, "size_bytes", size_bytes)
+        object.__setattr__(self, "folded", any(shape.frozen for _, shape in self.lora))
 
     def describe_difference(self, other: AdapterLayout) -> str | None:
         """Return the first difference in words, or None when both layouts are equal."""
@@ -170,9 +167,9 @@ class Adapter:
             AdapterError: factors that do not fit each other, or a dtype outside ``DTYPES``.
         """
         dense = dense or {}
-        layout = AdapterLayout(
-            lora=tuple((name, _lora_shape(name, lora[name])) for name in sorted(lora)),
-            dense=tuple((name, _dense_shape(name, dense[name])) for name in sorted(dense)),
+        layout = _layout(
+            tuple((name, _lora_shape(name, lora[name])) for name in sorted(lora)),
+            tuple((name, _dense_shape(name, dense[name])) for name in sorted(dense)),
         )
         pieces: dict[torch.dtype, list[Tensor]] = {}
         for name, part, dtype, _, _ in layout.slices:
@@ -212,7 +209,7 @@ class Adapter:
         """Return whether no element is NaN or infinite."""
         # A sum is NaN or infinite if any element is, and reads memory once without a mask.
         return all(
-            bool(torch.isfinite(buffer.sum(dtype=torch.float32)))
+            math.isfinite(buffer.sum(dtype=torch.float32).item())
             or bool(torch.isfinite(buffer).all())
             for buffer in self.buffers.values()
         )
@@ -315,7 +312,8 @@ def distance(adapter: Adapter, base: Adapter) -> float:
     Raises:
         AdapterError: the layouts differ.
     """
-    require_same_layout(adapter, base)
+    if adapter.layout is not base.layout:
+        require_same_layout(adapter, base)
     square = 0.0
     for dtype, buffer in adapter.buffers.items():
         other = base.buffers[dtype]
@@ -367,6 +365,14 @@ def dtype_name(dtype: torch.dtype) -> str:
         ) from None
 
 
+@lru_cache(maxsize=64)
+def _layout(
+    lora: tuple[tuple[str, LoraShape], ...], dense: tuple[tuple[str, DenseShape], ...]
+) -> AdapterLayout:
+    """Return a layout; equal ones are one object, compared by a look and measured once."""
+    return AdapterLayout(lora, dense)
+
+
 def _lora_shape(name: str, factors: LoraFactors) -> LoraShape:
     a, b = factors.a, factors.b
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
@@ -385,7 +391,10 @@ def _lora_shape(name: str, factors: LoraFactors) -> LoraShape:
             f"{frozen} of {rank} directions of {name!r} are frozen; at least one must be trained",
             module=name,
         )
-    return LoraShape(a.shape[1], b.shape[0], rank, factors.alpha, dtype_name(a.dtype), frozen)
+    # A float, so that equal layouts are written alike: 4 and 4.0 would have two checksums.
+    return LoraShape(
+        a.shape[1], b.shape[0], rank, float(factors.alpha), dtype_name(a.dtype), frozen
+    )
 
 
 def _dense_shape(name: str, tensor: Tensor) -> DenseShape:

@@ -43,7 +43,7 @@ class NormHistory:
     def add(self, norm: float) -> None:
         """Remember the norm of an accepted update; the oldest is forgotten."""
         recent, ordered = self.recent, self.ordered
-        if len(recent) == recent.maxlen:
+        if len(ordered) == recent.maxlen:
             del ordered[bisect_left(ordered, recent[0])]
         recent.append(norm)
         insort(ordered, norm)
@@ -137,12 +137,16 @@ def check_answer(
 
 def check_shape(update: Update, expected: AdapterLayout) -> Rejection | None:
     """Check what an upload holds before its numbers are read: names, shapes, dtypes, examples."""
-    if (rejection := _check_layout(update.adapter, expected)) is not None:
+    adapter, count = update.adapter, update.num_examples
+    # Layouts made in this process are mostly one object: see Adapter.pack.
+    if adapter.layout is not expected and adapter.layout != expected:
+        return _wrong_layout(adapter.layout, expected)
+    if (rejection := _check_buffers(adapter, expected)) is not None:
         return rejection
-    if not _is_count(update.num_examples):
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         return Rejection(
             RejectReason.NO_EXAMPLES,
-            f"num_examples={update.num_examples!r}, must be a whole number of at least 1",
+            f"num_examples={count!r}, must be a whole number of at least 1",
         )
     return None
 
@@ -162,7 +166,7 @@ def check_numbers(update: Update, update_norm: float, history: NormHistory) -> R
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             return Rejection(RejectReason.NOT_FINITE, f"metric {name!r} is {value!r}")
     limit = history.limit()
-    if math.isfinite(update_norm) and update_norm <= limit:
+    if update_norm <= limit and update_norm < math.inf:
         return None
     return Rejection(
         RejectReason.OUTLYING_NORM,
@@ -181,10 +185,7 @@ def _not_awaited(task_id: int, expired: Container[int], next_task_id: int) -> Re
     return Rejection(RejectReason.TASK_USED, f"task {task_id} was already answered")
 
 
-def _check_layout(adapter: Adapter, expected: AdapterLayout) -> Rejection | None:
-    found = adapter.layout
-    if found is expected or found == expected:
-        return _check_buffers(adapter, expected)
+def _wrong_layout(found: AdapterLayout, expected: AdapterLayout) -> Rejection:
     for kind in ("lora", "dense"):
         mine, theirs = dict(getattr(expected, kind)), dict(getattr(found, kind))
         if set(mine) != set(theirs):
@@ -212,7 +213,3 @@ def _check_buffers(adapter: Adapter, expected: AdapterLayout) -> Rejection | Non
                 f"{dtype} buffer is {tuple(buffer.shape)}, expected ({count},)",
             )
     return None
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

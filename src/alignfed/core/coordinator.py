@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 from alignfed.core import admission, tasks
@@ -55,7 +54,7 @@ from alignfed.core.update import Update
 from alignfed.errors import CoordinatorError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Coordinator:
     """The rules of a run; what changes lives in ``CoordinatorState``.
 
@@ -67,6 +66,7 @@ class Coordinator:
         exchange: what of an adapter travels, and at which rank.
         put_by: returns an accepted upload as it is to wait, for example mapped from disk; None
             leaves it as it came.
+        scheduler: the rule's, if it has one.
     """
 
     settings: CoordinatorSettings
@@ -75,11 +75,11 @@ class Coordinator:
     calibrator: Calibrator | None = None
     exchange: Exchange = WHOLE
     put_by: Callable[[Adapter], Adapter] | None = None
+    scheduler: Scheduler | None = field(init=False)
 
-    @cached_property
-    def scheduler(self) -> Scheduler | None:
-        """The rule's scheduler, if it has one."""
-        return scheduler_of(self.rule)
+    def __post_init__(self) -> None:
+        """Look the rule's scheduler up once, not with every event."""
+        object.__setattr__(self, "scheduler", scheduler_of(self.rule))
 
     def initial_state(self, adapter: Adapter) -> CoordinatorState:
         """Return the state before the first event, with ``adapter`` as version 0."""
@@ -148,7 +148,8 @@ class Coordinator:
             state.rejections[judged.reason] += 1
             out.append(Reject(update.task_id, update.client_id, judged.reason, judged.detail))
         else:
-            self._buffer(state, update, *judged, now_s)
+            adapter, base, update_norm = judged
+            self._buffer(state, update, adapter, base, update_norm, now_s)
         self._after_answer(state, now_s, out)
 
     def _on_upload_refused(
@@ -342,7 +343,9 @@ class Coordinator:
             out.append(Evaluate(state.version, state.adapter))
 
     def _set_timer(self, state: CoordinatorState, out: list[Instruction]) -> None:
-        due_s = min(state.flush_due_s, self.settings.stop.max_time_s, tasks.next_due_s(state))
+        due_s = min(state.flush_due_s, self.settings.stop.max_time_s)
+        if state.deadlines or state.cooling:
+            due_s = min(due_s, tasks.next_due_s(state))
         if due_s < state.wake_at_s:
             state.wake_at_s = due_s
             out.append(SetTimer(due_s))

@@ -42,9 +42,10 @@ def hand_out(
         free = settings.concurrency - len(state.tasks)
         ready, held = scheduler.line_up(state.schedule, state.idle, free)
         state.idle = deque(ready)
-    given = []
-    while state.idle and len(state.tasks) < settings.concurrency:
-        client_id = state.idle.popleft()
+    given: list[Task] = []
+    idle, in_flight, version = state.idle, state.tasks, state.version
+    while idle and len(in_flight) < settings.concurrency:
+        client_id = idle.popleft()
         record = state.clients[client_id]
         record.queued = False
         if not record.online:
@@ -53,12 +54,12 @@ def hand_out(
         if scheduler is not None:
             steps = scheduler.assign(state.schedule, task_id, client_id, now_s)
         deadline_s = now_s + settings.task_timeout_s
-        task = Task(task_id, client_id, state.version, record.dispatches, deadline_s, steps)
+        task = Task(task_id, client_id, version, record.dispatches, deadline_s, steps)
         state.next_task_id += 1
         record.dispatches += 1
         record.task_id = task_id
-        state.tasks[task_id] = task
-        state.snapshots[state.version].references += 1
+        in_flight[task_id] = task
+        state.snapshots[version].references += 1
         if deadline_s < math.inf:
             state.deadlines.append((deadline_s, task_id))
         given.append(task)
@@ -77,25 +78,26 @@ def end_task(
     failed: bool,
 ) -> None:
     """Take a task out of flight; a client that failed pauses before it is given another."""
+    client_id, version = task.client_id, task.base_version
     del state.tasks[task.task_id]
-    snapshot = state.snapshots[task.base_version]
+    snapshot = state.snapshots[version]
     snapshot.references -= 1
-    if snapshot.references == 0 and task.base_version != state.version:
-        del state.snapshots[task.base_version]
-    record = state.clients[task.client_id]
+    if snapshot.references == 0 and version != state.version:
+        del state.snapshots[version]
+    record = state.clients[client_id]
     record.task_id = None
     if not failed:
         record.failures = 0
-        _make_idle(state, task.client_id, record)
+        _make_idle(state, client_id, record)
         return
     record.failures += 1
     backoff_s = settings.retry_backoff_s * 2.0 ** min(record.failures - 1, 62)
     if backoff_s == 0:
-        _make_idle(state, task.client_id, record)
+        _make_idle(state, client_id, record)
         return
     record.queued = True
     ready_at_s = now_s + min(backoff_s, settings.max_backoff_s)
-    heapq.heappush(state.cooling, (ready_at_s, task.client_id))
+    heapq.heappush(state.cooling, (ready_at_s, client_id))
 
 
 def expire(

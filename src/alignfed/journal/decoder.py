@@ -1,6 +1,7 @@
 """The reading half of the codec; the grammar is described in ``encoder.py``.
 
-Only classes that the registry knows are made, without running their code.
+Only classes that the registry knows are made. Of their code nothing is run but the
+``__post_init__`` of those that work out fields of their own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from alignfed.core.adapter import Adapter
 from alignfed.errors import JournalError
+from alignfed.journal.encoder import derives_fields
 
 _PLAIN = frozenset({type(None), bool, int, float, str})
 _UNFINISHED = object()
@@ -108,6 +110,8 @@ class Decoder:
         value: Any = object.__new__(cls)
         for field, item in zip(names, self._items(trees), strict=True):
             object.__setattr__(value, field, item)
+        if derives_fields(cls):
+            value.__post_init__()
         return value
 
     def _reference(self, number: int) -> Any:

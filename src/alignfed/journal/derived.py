@@ -12,7 +12,7 @@ from alignfed.core.events import EvaluationFinished, UpdateArrived
 from alignfed.core.instructions import Instruction, Publish, Reject
 from alignfed.errors import JournalError
 from alignfed.journal.database import Database
-from alignfed.journal.rows import encode_mapping, integer, text
+from alignfed.journal.rows import Fields, encode_mapping, integer, text
 
 _UPLOAD = f"INSERT INTO uploads VALUES ({','.join('?' * 14)})"
 _OUTCOME_AT = 6
@@ -37,20 +37,25 @@ class DerivedTables:
         self._evaluations: list[tuple[Any, ...]] = []
         self._lines: list[str] = []
 
-    def arrived(self, seq: int, event: UpdateArrived, refused: tuple[int, Reject] | None) -> None:
-        """Note an upload; ``refused`` is the row and the instruction that refused it, if any."""
+    def arrived(
+        self, seq: int, event: UpdateArrived, fields: Fields, refused: tuple[int, Reject] | None
+    ) -> None:
+        """Note an upload.
+
+        Args:
+            seq: number of its row.
+            event: the upload.
+            fields: what its row holds.
+            refused: the row and the instruction that refused it, if any.
+        """
         update = event.update
-        outcome: tuple[Any, ...] = ("buffered", seq, None, None)
-        if refused is not None:
-            outcome = _refusal(*refused)
-        else:
+        _, client_id, task_id, version, _ = fields
+        told = (seq, task_id, client_id, version, event.time_s, integer(update.num_examples))
+        if refused is None:
             self._buffered[update.task_id] = seq
-        self._uploads[seq] = (
-            *(seq, integer(update.task_id), integer(update.client_id)),
-            *(integer(update.base_version), event.time_s, integer(update.num_examples)),
-            *outcome,
-            *(None, None, None, None),
-        )
+            self._uploads[seq] = (*told, "buffered", seq, None, None, None, None, None, None)
+        else:
+            self._uploads[seq] = (*told, *_refusal(*refused), None, None, None, None)
 
     def rejected(self, seq: int, time_s: float, reject: Reject) -> None:
         """Note a refusal of something of which the driver could not even make an update."""
@@ -66,12 +71,12 @@ class DerivedTables:
         Raises:
             JournalError: it applies an upload that never arrived, or was applied before.
         """
-        applied = publish.applied
+        applied, version, uploads = publish.applied, publish.version, self._uploads
         for item in applied:
             upload_seq = self._buffered.pop(item.task_id, None)
             if upload_seq is None:
                 raise JournalError(
-                    f"version {publish.version} applies task {item.task_id}, of which this journal"
+                    f"version {version} applies task {item.task_id}, of which this journal"
                     " has no upload waiting; the coordinator's state and the journal are not of"
                     " one run",
                     task_id=item.task_id,
@@ -80,14 +85,14 @@ class DerivedTables:
             why: tuple[str | None, str | None] = (None, None)
             if item.cut < 1.0:
                 why = ("cut", f"coefficient multiplied by {item.cut:.3g}, see the version's notes")
-            outcome = ("applied", seq, *why, publish.version, item.staleness, weight, norm)
-            if (waiting := self._uploads.get(upload_seq)) is not None:
-                self._uploads[upload_seq] = waiting[:_OUTCOME_AT] + outcome
+            outcome = ("applied", seq, *why, version, item.staleness, weight, norm)
+            if (waiting := uploads.get(upload_seq)) is not None:
+                uploads[upload_seq] = waiting[:_OUTCOME_AT] + outcome
             else:
                 self._outcomes.append((*outcome, upload_seq))
         staleness = [item.staleness for item in applied]
         row = (
-            *(seq, publish.version, time_s + 0.0, publish.adapter.checksum, len(applied)),
+            *(seq, version, time_s + 0.0, publish.adapter.checksum, len(applied)),
             sum(staleness) / len(staleness) if staleness else None,
             max(staleness, default=None),
             *(publish.work.bytes_moved, publish.work.calibration_tokens),

@@ -22,7 +22,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import count
 from typing import Any
 
@@ -36,8 +36,14 @@ _PLAIN = frozenset({type(None), bool, int, str})
 
 
 def field_names(cls: type) -> tuple[str, ...]:
-    """Names of a dataclass's fields in order; none for an enumeration."""
-    return tuple(field.name for field in fields(cls)) if is_dataclass(cls) else ()
+    """Names of the fields a dataclass is made from, in order; none for an enumeration."""
+    return tuple(field.name for field in fields(cls) if field.init) if is_dataclass(cls) else ()
+
+
+@lru_cache(maxsize=256)
+def derives_fields(cls: type) -> bool:
+    """Whether a dataclass works out fields of its own from those it is made from."""
+    return is_dataclass(cls) and not all(field.init for field in fields(cls))
 
 
 def tensor_checksum(tensor: Tensor) -> str:

@@ -153,7 +153,7 @@ class RunReader:
             yield EvaluationRecord(*row)
 
     def cohorts(self) -> Iterator[tuple[int, ...]]:
-        """Yield the task ids that were computed together, in order."""
+        """Yield the task ids that were computed together, in order; none, where each was alone."""
         return (tuple(row.body["task_ids"]) for row in self.rows(name="Cohort"))
 
     def staleness_histogram(self) -> dict[int, int]:

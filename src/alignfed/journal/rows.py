@@ -27,6 +27,7 @@ from alignfed.core.events import (
     UploadRefused,
 )
 from alignfed.core.instructions import (
+    AppliedUpload,
     Dispatch,
     Evaluate,
     Instruction,
@@ -83,6 +84,26 @@ def encode_event(event: Event) -> Fields:
     return encode(event)
 
 
+def encode_upload(event: UpdateArrived, checksum: str | None) -> Fields:
+    """Return the row of an upload; it names the adapter by its checksum, where that is given."""
+    update = event.update
+    metrics = encode_mapping(update.metrics)
+    client_id, task_id = integer(update.client_id), integer(update.task_id)
+    version, examples = integer(update.base_version), integer(update.num_examples)
+    if client_id is None or task_id is None or version is None or examples is None:
+        claims = {
+            name: _plain(getattr(update, name))
+            for name in ("client_id", "task_id", "base_version", "num_examples")
+        }
+        told = f'"claims":{_encode_json(claims)}'
+    else:
+        told = f'"num_examples":{examples}'
+    adapter = "" if checksum is None else f',"adapter":"{checksum}"'
+    return (
+        "UpdateArrived", client_id, task_id, version, f'{{{told},"metrics":{metrics}{adapter}}}'
+    )  # fmt: skip
+
+
 def encode_instruction(instruction: Instruction) -> Fields:
     """Return the row of an instruction.
 
@@ -99,12 +120,6 @@ def encode_cohort(task_ids: Sequence[int]) -> Fields:
     """Return the row of tasks that were computed together."""
     numbers = ",".join(map(str, task_ids))
     return ("Cohort", None, None, None, f'{{"task_ids":[{numbers}]}}')
-
-
-def with_checksum(fields: Fields, checksum: str) -> Fields:
-    """Return an ``UpdateArrived`` row that also names its adapter."""
-    name, client_id, task_id, version, body = fields
-    return (name, client_id, task_id, version, f'{body[:-1]},"adapter":"{checksum}"}}')
 
 
 def encode_mapping(mapping: Mapping[str, Any]) -> str:
@@ -153,22 +168,6 @@ def _number(value: float) -> str:
     return repr(value) if value - value == 0.0 else f'"{value!r}"'
 
 
-def _update_arrived(event: UpdateArrived) -> Fields:
-    update = event.update
-    metrics = encode_mapping(update.metrics)
-    client_id, task_id = integer(update.client_id), integer(update.task_id)
-    version, examples = integer(update.base_version), integer(update.num_examples)
-    if client_id is None or task_id is None or version is None or examples is None:
-        claims = {
-            name: _plain(getattr(update, name))
-            for name in ("client_id", "task_id", "base_version", "num_examples")
-        }
-        body = f'{{"claims":{_encode_json(claims)},"metrics":{metrics}}}'
-    else:
-        body = f'{{"num_examples":{examples},"metrics":{metrics}}}'
-    return ("UpdateArrived", client_id, task_id, version, body)
-
-
 def _evaluation_finished(event: EvaluationFinished) -> Fields:
     score = "null" if event.score is None else _number(event.score)
     body = f'{{"loss":{_number(event.loss)},"score":{score}}}'
@@ -200,12 +199,7 @@ def _reject(instruction: Reject) -> Fields:
 
 
 def _publish(instruction: Publish) -> Fields:
-    applied = ",".join(
-        f"[{item.task_id},{item.client_id},{item.base_version},{item.staleness},"
-        f"{_number(item.weight)},{_number(item.norm)}"
-        f"{f',{_number(item.cut)}' if item.cut < 1.0 else ''}]"
-        for item in instruction.applied
-    )
+    applied = ",".join([_applied(item) for item in instruction.applied])
     work = instruction.work
     body = (
         f'{{"adapter":"{instruction.adapter.checksum}","applied":[{applied}],'
@@ -213,6 +207,17 @@ def _publish(instruction: Publish) -> Fields:
         f'"calibration_tokens":{work.calibration_tokens}}}'
     )
     return ("Publish", None, None, instruction.version, body)
+
+
+def _applied(item: AppliedUpload) -> str:
+    weight, norm = item.weight, item.norm
+    if type(weight) is type(norm) is float and weight - weight == norm - norm == 0.0:
+        numbers = f"{weight!r},{norm!r}"  # as _number writes them
+    else:
+        numbers = f"{_number(weight)},{_number(norm)}"
+    if item.cut < 1.0:
+        numbers += f",{_number(item.cut)}"
+    return f"[{item.task_id},{item.client_id},{item.base_version},{item.staleness},{numbers}]"
 
 
 def _set_timer(instruction: SetTimer) -> Fields:
@@ -228,7 +233,7 @@ _ENCODERS: dict[type, Callable[[Any], Fields]] = {
     RunStarted: lambda event: ("RunStarted", None, None, None, "{}"),
     ClientJoined: lambda event: ("ClientJoined", event.client_id, None, None, "{}"),
     ClientLeft: lambda event: ("ClientLeft", event.client_id, None, None, "{}"),
-    UpdateArrived: _update_arrived,
+    UpdateArrived: lambda event: encode_upload(event, None),
     TaskFailed: _task_failed,
     UploadRefused: _upload_refused,
     TimerFired: lambda event: ("TimerFired", None, None, None, "{}"),

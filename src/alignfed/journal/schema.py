@@ -32,7 +32,10 @@ CREATE TABLE undone (
 CREATE TABLE uploads (
     seq INTEGER PRIMARY KEY, task_id INTEGER, client_id INTEGER, base_version INTEGER,
     arrived_s REAL NOT NULL, num_examples INTEGER,
-    outcome TEXT NOT NULL CHECK (outcome IN ('buffered', 'applied', 'rejected')),
+    -- Not IN: SQLite would build its list anew for every row, for as long as the rest takes.
+    outcome TEXT NOT NULL CHECK (
+        outcome = 'applied' OR outcome = 'buffered' OR outcome = 'rejected'
+    ),
     outcome_seq INTEGER NOT NULL, reason TEXT, detail TEXT, applied_version INTEGER,
     staleness INTEGER, weight REAL, norm REAL
 );

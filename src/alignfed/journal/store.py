@@ -151,17 +151,18 @@ class SqliteJournal:
         """
         tables = self._tables()
         time_s, wall, first = event.time_s, self._wall_clock(), self.seq + 1
-        fields = rows.encode_event(event)
         refused = None
         if isinstance(event, UpdateArrived):
             refused = derived.find_refusal(first, event, instructions)
             # A refused upload is never hashed: it may be huge, or not what it claims to be.
-            if payload is not None:
-                fields = rows.with_checksum(fields, payload)
-            elif self._checksums and refused is None:
-                fields = rows.with_checksum(fields, event.update.adapter.checksum)
-        new = [(first, time_s, "event", *fields, wall)]
-        chars, seq = len(fields[4]), first
+            checksum = payload
+            if checksum is None and self._checksums and refused is None:
+                checksum = event.update.adapter.checksum
+            told = rows.encode_upload(event, checksum)
+        else:
+            told = rows.encode_event(event)
+        new: list[tuple[Any, ...]] = [(first, time_s, "event", *told, wall)]
+        chars, seq = len(told[4]), first
         derives: list[tuple[int, Publish | Reject]] = []
         for instruction in instructions:
             seq += 1
@@ -172,7 +173,7 @@ class SqliteJournal:
                 derives.append((seq, instruction))
         try:
             if isinstance(event, UpdateArrived):
-                tables.arrived(first, event, refused)
+                tables.arrived(first, event, told, refused)
             elif isinstance(event, EvaluationFinished):
                 tables.evaluated(first, event)
             for number, made in derives:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 from alignfed.core.adapter import Adapter
 from alignfed.core.coordinator import Coordinator
@@ -34,11 +35,7 @@ from alignfed.core.instructions import (
     SetTimer,
     Stop,
 )
-from alignfed.core.ports import (
-    ClientTrainer,
-    Evaluation,
-    Journal,
-)
+from alignfed.core.ports import ClientTrainer, Evaluation, Journal
 from alignfed.core.update import Update
 from alignfed.simulation.clock import VirtualClock
 from alignfed.simulation.cost import ServerProfile, TaskCost
@@ -58,7 +55,7 @@ DISPATCH_WEIGHT = 10
 """Events that a refused upload (its training may have been computed) and a dispatch count as."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class EngineParts:
     """What an engine is made of.
 
@@ -72,7 +69,8 @@ class EngineParts:
         evaluate_own: scores each client's own adapter on its own data instead, where clients keep
             a part of theirs.
         journal: keeps the record; None keeps none.
-        cohort_size: how many tasks to compute together at most.
+        cohort_size: how many tasks to compute together at most; which they were is recorded if it
+            is above 1.
         lookahead: how many tasks a trainer that computes in the background may hold at most,
             results not yet due included; at least ``cohort_size``.
         calibration_flops_per_token: forward FLOPs of one calibration token on the server.
@@ -178,26 +176,19 @@ class Engine:
         if not self._begun:
             self._begin()
             return not self.finished
-        if not len(self._clock):
+        try:
+            state.now_s, event = self._clock.pop()
+        except IndexError:
             return False
-        state.now_s, event = self._clock.pop()
         before = progress(state.coordinator)
-        match event:
-            case UploadDue():
-                self._on_upload_due(event)
-            case TaskLost():
-                self._on_task_lost(event)
-            case AvailabilityChanged():
-                self._on_availability_changed(event)
-            case TimerFired():
-                self._handle(TimerFired(self._server_time()))
+        _ON_CLOCK[type(event)](self, event)
         if progress(state.coordinator) == before:
             self._note_idle()
         elif state.idle_events:
             state.idle.clear()
             state.idle_events = 0
         self._happened.clear()
-        return not self.finished
+        return state.coordinator.stopped is None
 
     def _note_idle(self) -> None:
         """Count what happened in a step that brought the run no nearer to its end."""
@@ -221,31 +212,28 @@ class Engine:
         self._happened.clear()
 
     def _on_upload_due(self, due: UploadDue) -> None:
-        state = self._state
-        running = state.running.get(due.task_id)
+        state, task_id = self._state, due.task_id
+        running = state.running.get(task_id)
         if running is None:
             return
         self._lookahead.compute(running, state)
-        result = running.result
+        result, task = running.result, running.task
         assert result is not None
-        task = running.task
-        self._release(running)
+        client_id = task.client_id
+        del state.running[task_id], state.on_device[client_id]
         exchange = self._parts.coordinator.exchange
         upload = exchange.upload(result.adapter)
-        kept = exchange.kept(result.adapter)
-        if kept is not None:
-            state.kept[task.client_id] = kept
+        if (kept := exchange.kept(result.adapter)) is not None:
+            state.kept[client_id] = kept
         state.uploaded_bytes += upload.layout.size_bytes
         state.trained_tokens += running.tokens
         update = Update(
-            task.task_id,
-            task.client_id,
-            task.base_version,
-            upload,
-            result.num_examples,
-            result.metrics,
+            task_id, client_id, task.base_version, upload, result.num_examples, result.metrics
         )
         self._handle(UpdateArrived(self._server_time(), update))
+
+    def _on_timer_fired(self, timer: TimerFired) -> None:
+        self._handle(TimerFired(self._server_time()))
 
     def _on_task_lost(self, lost: TaskLost) -> None:
         running = self._state.running.get(lost.task_id)
@@ -275,35 +263,30 @@ class Engine:
 
     def _server_time(self) -> float:
         """When the server gets to something that happens now: at once, unless it is busy."""
-        return max(self._state.now_s, self._state.server_free_s)
+        now_s, free_s = self._state.now_s, self._state.server_free_s
+        return now_s if now_s > free_s else free_s
 
     def _handle(self, event: Event) -> None:
         waiting, state, parts = self._to_handle, self._state, self._parts
         handle, journal, happened = parts.coordinator.handle, parts.journal, self._happened
-        waiting.append(event)
-        while waiting:
-            event = waiting.popleft()
+        while True:
             happened.append(event)
             state.coordinator, instructions = handle(state.coordinator, event)
             if journal is not None:
                 journal.record(event, instructions)
+            happened += instructions
             for instruction in instructions:
-                happened.append(instruction)
-                self._carry_out(instruction, event.time_s)
+                _CARRY_OUT[type(instruction)](self, instruction, event.time_s)
+            if not waiting:
+                return
+            event = waiting.popleft()
 
-    def _carry_out(self, instruction: Instruction, time_s: float) -> None:
-        match instruction:
-            case Dispatch():
-                self._start(instruction, max(time_s, self._state.server_free_s))
-            case SetTimer():
-                at_s = max(instruction.at_s, self._state.now_s)
-                self._clock.schedule(at_s, TimerFired(at_s))
-            case Publish():
-                self._charge(instruction, time_s)
-            case Evaluate():
-                self._evaluate(instruction, time_s)
-            case Reject() | Stop():
-                pass
+    def _set_timer(self, timer: SetTimer, time_s: float) -> None:
+        at_s = max(timer.at_s, self._state.now_s)
+        self._clock.schedule(at_s, TimerFired(at_s))
+
+    def _record_only(self, instruction: Reject | Stop, time_s: float) -> None:
+        """Nothing in the simulation follows from these."""
 
     def _charge(self, publish: Publish, time_s: float) -> None:
         flops = publish.work.calibration_tokens * self._parts.calibration_flops_per_token
@@ -323,28 +306,30 @@ class Engine:
             EvaluationFinished(time_s, instruction.version, found.loss, found.score)
         )
 
-    def _start(self, dispatch: Dispatch, start_s: float) -> None:
-        state, parts, task = self._state, self._parts, dispatch.task
-        if task.client_id in state.on_device:
-            self._abandon(task.client_id)
+    def _start(self, dispatch: Dispatch, time_s: float) -> None:
+        state, parts, task, start = self._state, self._parts, dispatch.task, dispatch.adapter
+        task_id, client_id = task.task_id, task.client_id
+        if client_id in state.on_device:
+            self._abandon(client_id)
         work = parts.trainer.work(task)
-        exchange, layout = parts.coordinator.exchange, dispatch.adapter.layout
-        down_bytes = exchange.download_bytes(layout, first=task.dispatch == 0)
-        up_bytes = exchange.upload_layout(layout).size_bytes
+        exchange = parts.coordinator.exchange
+        down_bytes, up_bytes = exchange.transfer_bytes(start.layout, first=task.dispatch == 0)
         cost = TaskCost(work.tokens, work.flops_per_token, down_bytes, up_bytes)
-        times = parts.fleet.task_times(task.client_id, start_s, cost)
+        start_s = time_s if time_s > state.server_free_s else state.server_free_s
+        times = parts.fleet.task_times(client_id, start_s, cost)
         state.downloaded_bytes += down_bytes
-        state.on_device[task.client_id] = task.task_id
+        state.on_device[client_id] = task_id
         if times.lost_at_s is None:
             arrival_s = times.finished_s
-            self._clock.schedule(arrival_s, UploadDue(task.task_id))
+            self._clock.schedule(arrival_s, UploadDue(task_id))
         else:
             arrival_s = math.inf
             reason = str(times.lost_reason)
             reported = reason != "failure"
-            self._clock.schedule(times.lost_at_s, TaskLost(task.task_id, reason, reported))
-        start = exchange.rejoin(dispatch.adapter, state.kept.get(task.client_id))
-        state.running[task.task_id] = RunningTask(task, start, arrival_s, work.tokens)
+            self._clock.schedule(times.lost_at_s, TaskLost(task_id, reason, reported))
+        if (kept := state.kept.get(client_id)) is not None:
+            start = exchange.rejoin(start, kept)
+        state.running[task_id] = RunningTask(task, start, arrival_s, work.tokens)
 
     def _abandon(self, device_id: int) -> None:
         """A device that is given new work drops what the server no longer waits for."""
@@ -376,3 +361,19 @@ def own_adapters(parts: EngineParts, state: EngineState, adapter: Adapter) -> Ma
     """Return each client's adapter: the server's, with what the client keeps in its place."""
     rejoin = parts.coordinator.exchange.rejoin
     return {client_id: rejoin(adapter, state.kept.get(client_id)) for client_id in parts.clients}
+
+
+_ON_CLOCK: Mapping[type, Callable[[Engine, Any], None]] = {
+    UploadDue: Engine._on_upload_due,
+    TaskLost: Engine._on_task_lost,
+    AvailabilityChanged: Engine._on_availability_changed,
+    TimerFired: Engine._on_timer_fired,
+}
+_CARRY_OUT: Mapping[type, Callable[[Engine, Any, float], None]] = {
+    Dispatch: Engine._start,
+    SetTimer: Engine._set_timer,
+    Publish: Engine._charge,
+    Evaluate: Engine._evaluate,
+    Reject: Engine._record_only,
+    Stop: Engine._record_only,
+}

@@ -35,7 +35,7 @@ class TaskTimes:
     lost_reason: LostReason | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Fleet:
     """Devices and their conditions over time."""
 
@@ -56,14 +56,15 @@ class Fleet:
             FleetError: there is no such device.
         """
         table, conditions = self.devices, self.conditions
-        if not 0 <= device_id < len(table):  # a negative index would name another device
+        speeds = table.seconds_per_flop
+        if not 0 <= device_id < len(speeds):  # a negative index would name another device
             raise FleetError(
                 f"there is no device {device_id}: the fleet's ids are 0 to {len(table) - 1}",
                 device_id=device_id,
                 devices=len(table),
             )
         download_s = cost.download_bytes * table.seconds_per_byte_down[device_id]
-        compute_s = cost.tokens * cost.flops_per_token * table.seconds_per_flop[device_id]
+        compute_s = cost.tokens * cost.flops_per_token * speeds[device_id]
         upload_s = cost.upload_bytes * table.seconds_per_byte_up[device_id]
         if conditions.steady:
             downloaded_s = start_s + download_s

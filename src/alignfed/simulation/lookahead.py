@@ -32,7 +32,7 @@ class Lookahead:
         Args:
             trainer: computes; one that works in the background is given cohorts ahead of time.
             stop: when the run ends: no task is computed that will report too late.
-            journal: keeps which tasks were computed together.
+            journal: keeps which tasks were computed together, where more than one may be.
             cohort_size: how many to compute together at most.
             held: how many tasks a trainer in the background may hold at most, results not yet due
                 included.
@@ -117,7 +117,8 @@ class Lookahead:
         return running.result is not None or running.task.task_id in self._sent
 
     def _record(self, cohort: Sequence[RunningTask], now_s: float) -> None:
-        if self._journal is not None:
+        # Where a task is computed with no other, there is nothing to keep.
+        if self._journal is not None and self._cohort_size > 1:
             self._journal.record_cohort(now_s, [running.task.task_id for running in cohort])
 
 

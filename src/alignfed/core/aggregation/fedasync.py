@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -18,7 +18,7 @@ from alignfed.core.aggregation.sizes import combining_bytes, require_updates
 from alignfed.core.instructions import ServerWork
 from alignfed.core.lora import is_separable
 from alignfed.core.ports import BufferedUpdate, Flush, LoraRule, Step
-from alignfed.core.staleness import DISCOUNTS, Discount, discount
+from alignfed.core.staleness import DISCOUNTS, discount
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +124,7 @@ class FedAsync:
 
     def _rate(self, entry: BufferedUpdate) -> float:
         return self.mixing * discount(
-            cast(Discount, self.discount),
-            entry.staleness,
-            exponent=self.exponent,
-            slope=self.hinge_slope,
-            start=self.hinge_start,
+            self.discount, entry.staleness, self.exponent, self.hinge_slope, self.hinge_start
         )
 
 

@@ -8,14 +8,14 @@ of updates, not by the sum of the discounts: staleness shrinks the step.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from alignfed.core.adapter import Adapter
 from alignfed.core.aggregation.settings import check_settings, choice, number, whole
 from alignfed.core.aggregation.sizes import combining_bytes, require_updates
 from alignfed.core.instructions import ServerWork
 from alignfed.core.ports import BufferedUpdate, Flush, LoraRule, Step
-from alignfed.core.staleness import DISCOUNTS, Discount, discount
+from alignfed.core.staleness import DISCOUNTS, discount
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +60,11 @@ class FedBuff:
         """
         require_updates(flush)
         scale = self.server_step / len(flush.updates)
-        ages = {entry.staleness for entry in flush.updates}
-        weight_at = {age: scale * self._discount(age) for age in ages}
-        weights = tuple(weight_at[entry.staleness] for entry in flush.updates)
+        ages = [entry.staleness for entry in flush.updates]
+        weight_at = {age: scale * self._discount(age) for age in set(ages)}
+        weights = tuple([weight_at[age] for age in ages])
         adapter = flush.lora.move(flush.adapter, gathered, scale)
         return state, Step(adapter, weights, work=ServerWork(combining_bytes(flush)))
 
     def _discount(self, staleness: int) -> float:
-        return discount(
-            cast(Discount, self.discount),
-            staleness,
-            exponent=self.exponent,
-            slope=self.hinge_slope,
-            start=self.hinge_start,
-        )
+        return discount(self.discount, staleness, self.exponent, self.hinge_slope, self.hinge_start)

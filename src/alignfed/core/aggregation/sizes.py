@@ -21,7 +21,7 @@ def require_updates(flush: Flush) -> None:
 
 def combining_bytes(flush: Flush) -> int:
     """Return the bytes one combination reads and writes: updates, bases, current, result."""
-    read = sum(entry.size_bytes for entry in flush.updates)
+    read = sum([entry.size_bytes for entry in flush.updates])
     return read + 2 * flush.adapter.size_bytes
 
 

@@ -104,15 +104,16 @@ class Exchange:
         ]
         return AdapterLayout((), tuple(sorted([*single, *sent.dense])))
 
-    def download_bytes(self, sent: AdapterLayout, *, first: bool) -> int:
-        """Return the bytes of one download.
+    def transfer_bytes(self, sent: AdapterLayout, *, first: bool) -> tuple[int, int]:
+        """Return the bytes of one download and of the upload that answers it.
 
-        A factor that never changes travels once (FFA-LoRA's A, with the client's first task); one
-        that is the client's own never does (FedSA-LoRA's B).
+        A factor that never changes travels down once (FFA-LoRA's A, with the client's first task);
+        one that is the client's own never does (FedSA-LoRA's B).
         """
+        up_bytes = self.upload_layout(sent).size_bytes
         if self.uploaded == "both" or (first and not self.keeps):
-            return sent.size_bytes
-        return self.upload_layout(sent).size_bytes
+            return sent.size_bytes, up_bytes
+        return up_bytes, up_bytes
 
     def complete(self, upload: Adapter, sent: Adapter) -> Adapter:
         """Return the client's whole adapter, in the layout of what it was sent.

@@ -92,7 +92,8 @@ class FactorMean:
         Raises:
             AdapterError: the layouts differ; factors of unequal rank cannot be added.
         """
-        require_same_layout(update, base)
+        if update.layout is not base.layout:
+            require_same_layout(update, base)
         if total is None:
             total = FactorSum()
         if base_version in total.shares:
