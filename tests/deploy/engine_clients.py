@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import tomllib
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -28,20 +28,17 @@ class InProcessTrainer:
         return Trained()
 
 
-def finder(recipe: Recipe) -> Callable[[Context], ClientSide]:
-    """Return what finds a node's device: its partition is its client."""
+def finder(recipe: Recipe, root: Path) -> Callable[[Context], ClientSide]:
+    """Return what finds a node's device: its partition is its client, its outbox is in ``root``."""
 
     def find(context: Context) -> ClientSide:
-        return _side(recipe.to_toml(), int(context.node_config["partition-id"]))
+        return _side(recipe.to_toml(), root, int(context.node_config["partition-id"]))
 
     return find
 
 
 @lru_cache(maxsize=8)
-def _side(text: str, client_id: int) -> ClientSide:
-    import tomllib
-
+def _side(text: str, root: Path, client_id: int) -> ClientSide:
     recipe = Recipe.model_validate(tomllib.loads(text))
-    folder = Path(tempfile.mkdtemp(prefix="alignfed-engine-"))
-    outbox = Outbox(folder / "outbox.sqlite", 1 << 28)
+    outbox = Outbox(root / f"outbox-{client_id}.sqlite", 1 << 28)
     return ClientSide(outbox, InProcessTrainer(build_device(recipe, client_id), outbox))

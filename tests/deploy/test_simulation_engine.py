@@ -41,7 +41,7 @@ def run_on_engine(recipe: Recipe, root: Path, nodes: int) -> None:
         warnings.simplefilter("ignore")
         run_simulation(
             app,
-            make_app(finder(recipe)),
+            make_app(finder(recipe, root.parent)),
             num_supernodes=nodes,
             backend_config={"client_resources": {"num_cpus": 1.0, "num_gpus": 0.0}},
         )

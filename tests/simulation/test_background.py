@@ -69,7 +69,7 @@ def test_no_more_is_asked_for_than_the_lookahead_allows(lookahead):
     most = 0
     while engine.step():
         # The one that has just arrived is no longer running.
-        held = sum(engine._asked_for(one) for one in engine.state.running.values())
+        held = sum(engine._lookahead.asked_for(one) for one in engine.state.running.values())
         most = max(most, held + 1)
     assert 1 < most <= max(lookahead, 2)
 
@@ -84,7 +84,7 @@ def test_who_trains_with_whom_does_not_depend_on_when_results_are_collected(ever
         steps += 1
         if steps % every == 0:
             state = disturbed.snapshot()
-            assert not disturbed._sent
+            assert disturbed._lookahead.outstanding == 0
             disturbed = Engine.restore(disturbed._parts, state)
     assert other_tape.cohorts == tape.cohorts
     assert other_tape.without_cohorts() == tape.without_cohorts()

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from alignfed.core import admission, tasks
-from alignfed.core.adapter import Adapter, distance, with_layout
+from alignfed.core.adapter import Adapter, with_layout
 from alignfed.core.events import (
     ClientJoined,
     ClientLeft,
@@ -33,11 +33,11 @@ from alignfed.core.instructions import (
     Instruction,
     Publish,
     Reject,
-    RejectReason,
     SetTimer,
     Stop,
     StopReason,
 )
+from alignfed.core.judging import judge
 from alignfed.core.lora.exchange import WHOLE, Exchange
 from alignfed.core.ports import (
     AggregationRule,
@@ -51,7 +51,7 @@ from alignfed.core.ports import (
     work_ahead,
 )
 from alignfed.core.state import CoordinatorSettings, CoordinatorState, Snapshot
-from alignfed.core.update import Task, Update
+from alignfed.core.update import Update
 from alignfed.errors import CoordinatorError
 
 
@@ -137,7 +137,7 @@ class Coordinator:
         update = event.update
         task = state.tasks.get(update.task_id)
         snapshot = state.snapshots.get(update.base_version)
-        judged = self._judge(state, update, task, snapshot)
+        judged = judge(state, self.exchange, update, task, snapshot)
         refused = isinstance(judged, admission.Rejection)
         now_s = event.time_s
         if task is not None and task.client_id == update.client_id:
@@ -229,46 +229,6 @@ class Coordinator:
             state.flush_due_s = now_s + settings.flush_timeout_s
 
     # --- uploads and versions -------------------------------------------------------------
-
-    def _judge(
-        self,
-        state: CoordinatorState,
-        update: Update,
-        task: Task | None,
-        snapshot: Snapshot | None,
-    ) -> admission.Rejection | tuple[Adapter, Adapter, float]:
-        """Return why an upload is refused, or the pair that the rules see, and its norm."""
-        if state.stopped is not None:
-            return admission.Rejection(RejectReason.RUN_STOPPED, f"the run ended: {state.stopped}")
-        if (
-            task is None
-            or snapshot is None
-            or task.client_id != update.client_id
-            or task.base_version != update.base_version
-        ):
-            # A task in flight has a client that joined and a version that is held.
-            stranger = admission.check_origin(
-                update,
-                known_client=update.client_id in state.clients,
-                in_flight=task,
-                expired=state.expired,
-                next_task_id=state.next_task_id,
-                server_version=state.version,
-                versions=state.snapshots,
-            )
-            assert stranger is not None
-            return stranger
-        exchange, sent = self.exchange, snapshot.sent_to(self.exchange, update.client_id)
-        expected = exchange.upload_layout(sent.layout)
-        if (rejection := admission.check_shape(update, expected)) is not None:
-            return rejection
-        # From here on equal layouts are one object, so that nobody compares them again.
-        upload = with_layout(update.adapter, expected)
-        adapter = with_layout(exchange.complete(upload, sent), sent.layout)
-        update_norm = distance(adapter, sent)
-        if (rejection := admission.check_numbers(update, update_norm, state.norms)) is not None:
-            return rejection
-        return *exchange.compared(adapter, sent, snapshot.adapter), update_norm
 
     def _buffer(
         self,

@@ -1,11 +1,8 @@
 """Drives the coordinator on a virtual clock: exact in order, and free to compute ahead.
 
 What a client will compute is fixed when it is dispatched. So a result is only computed when the
-clock reaches its arrival, and then together with others already under way (lookahead). A trainer
-that computes in the background is also given whole cohorts before they are needed, so that it never
-waits for the server. Who trains with whom follows from the clock's events alone, never from who
-was fast. Nothing here reads the real time; the server's own time is modelled from the sizes of its
-work.
+clock reaches its arrival, and then together with others already under way (``lookahead.py``).
+Nothing here reads the real time; the server's own time is modelled from the sizes of its work.
 """
 
 from __future__ import annotations
@@ -14,7 +11,6 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from operator import attrgetter
 
 from alignfed.core.adapter import Adapter
@@ -39,17 +35,15 @@ from alignfed.core.instructions import (
     Stop,
 )
 from alignfed.core.ports import (
-    BackgroundTrainer,
     ClientTrainer,
     Evaluation,
     Journal,
-    Pending,
-    TrainingJob,
 )
 from alignfed.core.update import Update
 from alignfed.simulation.clock import VirtualClock
 from alignfed.simulation.cost import ServerProfile, TaskCost
 from alignfed.simulation.fleet import Fleet
+from alignfed.simulation.lookahead import Lookahead
 from alignfed.simulation.state import (
     AvailabilityChanged,
     ClockEvent,
@@ -114,8 +108,6 @@ class Engine:
         self._parts = parts
         self._state = EngineState(parts.coordinator.initial_state(adapter))
         self._clock: VirtualClock[ClockEvent] = VirtualClock()
-        self._sent: dict[int, tuple[Pending, int]] = {}
-        self._background = _background(parts)
         self._begun = False
         self._prepare()
 
@@ -126,8 +118,6 @@ class Engine:
         engine._parts = parts
         engine._state = state
         engine._clock = VirtualClock.restore(state.now_s, state.sequence, state.pending)
-        engine._sent = {}
-        engine._background = _background(parts)
         engine._begun = state.coordinator.started
         engine._prepare()
         return engine
@@ -136,10 +126,17 @@ class Engine:
         """Set up what lasts no longer than a step, and what the parts fix for the whole run."""
         self._to_handle: deque[Event] = deque()
         self._happened: list[Event | Instruction | TaskLost] = []
-        self._idle_limit = self._parts.idle_limit
+        parts, stop = self._parts, self._parts.coordinator.settings.stop
+        self._idle_limit = parts.idle_limit
+        self._lookahead = Lookahead(
+            parts.trainer,
+            stop,
+            parts.journal,
+            cohort_size=parts.cohort_size,
+            held=parts.lookahead,
+        )
         # Accepted uploads bring the run nearer to its end, or answers where those do.
-        max_uploads = self._parts.coordinator.settings.stop.max_uploads
-        self._progress = attrgetter("accepted" if math.isinf(max_uploads) else "received")
+        self._progress = attrgetter("accepted" if math.isinf(stop.max_uploads) else "received")
 
     def snapshot(self) -> EngineState:
         """Return the complete state, to be written down before the next step.
@@ -147,7 +144,7 @@ class Engine:
         Waits for what is being computed: a state holds results, never promises.
         """
         for running in self._state.running.values():
-            self._collect(running)
+            self._lookahead.collect(running)
         self._state.pending = self._clock.pending()
         self._state.sequence = self._clock.sequence
         return self._state
@@ -228,8 +225,7 @@ class Engine:
         running = state.running.get(due.task_id)
         if running is None:
             return
-        self._compute(running)
-        self._collect(running)
+        self._lookahead.compute(running, state)
         result = running.result
         assert result is not None
         task = running.task
@@ -357,85 +353,9 @@ class Engine:
 
     def _release(self, running: RunningTask) -> None:
         state, task = self._state, running.task
-        self._sent.pop(task.task_id, None)
+        self._lookahead.forget(task.task_id)
         del state.running[task.task_id]
         del state.on_device[task.client_id]
-
-    # --- lookahead ------------------------------------------------------------------------
-
-    def _compute(self, needed: RunningTask) -> None:
-        """See that the result needed now is computed, and with it others that will be needed."""
-        parts = self._parts
-        if (background := self._background) is not None:
-            for cohort in self._cohorts_to_send(needed):
-                pending = background.submit(_jobs(cohort))
-                for place, running in enumerate(cohort):
-                    self._sent[running.task.task_id] = (pending, place)
-                self._record(cohort)
-        elif needed.result is None:
-            cohort = [needed, *self._worth_computing(needed, parts.cohort_size - 1)]
-            for running, result in zip(cohort, parts.trainer.train(_jobs(cohort)), strict=True):
-                running.result = result
-            self._record(cohort)
-
-    def _cohorts_to_send(self, needed: RunningTask) -> list[list[RunningTask]]:
-        """Return what a background trainer is to begin with: what is needed, and whole cohorts.
-
-        Whether a result has come back yet makes no difference, only that it was asked for.
-        """
-        size = self._parts.cohort_size
-        most = max(size, self._parts.lookahead)
-        room = most - sum(self._asked_for(one) for one in self._state.running.values())
-        if not self._asked_for(needed):
-            waiting = [needed, *self._worth_computing(needed, room - 1)]
-        else:
-            waiting = self._worth_computing(needed, room)
-            waiting = waiting[: len(waiting) // size * size]
-        number = math.ceil(len(waiting) / size)
-        ends = [len(waiting) * i // max(1, number) for i in range(number + 1)]
-        return [waiting[start:end] for start, end in pairwise(ends)]
-
-    def _asked_for(self, running: RunningTask) -> bool:
-        return running.result is not None or running.task.task_id in self._sent
-
-    def _collect(self, running: RunningTask) -> None:
-        """Wait for a task's result, if it was asked for and has not been taken yet."""
-        found = self._sent.pop(running.task.task_id, None)
-        if found is not None:
-            pending, place = found
-            running.result = pending.results()[place]
-
-    def _record(self, cohort: Sequence[RunningTask]) -> None:
-        if self._parts.journal is not None:
-            task_ids = [running.task.task_id for running in cohort]
-            self._parts.journal.record_cohort(self._state.now_s, task_ids)
-
-    def _worth_computing(self, needed: RunningTask, most: int) -> list[RunningTask]:
-        """Tasks not asked for that will report before the run can end, earliest first."""
-        stop = self._parts.coordinator.settings.stop
-        remaining = stop.max_uploads - self._state.coordinator.received - 1
-        width = int(min(most, remaining))
-        if width <= 0:
-            return []
-        tasks = self._state.coordinator.tasks
-        others = sorted(
-            (running.arrival_s, running.task.task_id, running)
-            for running in self._state.running.values()
-            if running is not needed
-            and running.arrival_s <= stop.max_time_s
-            and running.task.task_id in tasks
-        )
-        # Those already computed count too: they arrive before the run ends and use up its limit.
-        within = others if math.isinf(remaining) else others[: int(remaining)]
-        return [running for _, _, running in within if not self._asked_for(running)][:width]
-
-
-def _background(parts: EngineParts) -> BackgroundTrainer | None:
-    return parts.trainer if isinstance(parts.trainer, BackgroundTrainer) else None
-
-
-def _jobs(cohort: Sequence[RunningTask]) -> list[TrainingJob]:
-    return [TrainingJob(running.task, running.adapter) for running in cohort]
 
 
 def _kind_and_weight(item: Event | Instruction | TaskLost) -> tuple[str, int]:
