@@ -8,7 +8,8 @@ memory (PSS where the system tells it), of bytes on disk and of open file handle
 that none grew by more than the limit. The samples are kept in OUT.jsonl, beside OUT.
 
 The first tenth, at least two minutes, is left out: processes are still loading then. What must grow
-with the work is left out of the disk and reported apart: the journal's rows and metrics.jsonl.
+with the work is left out of the disk and reported apart: the journal's rows and metrics.jsonl. What
+is kept for replays is reported apart too: it grows to `serving.replay_bytes` and must stop there.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ from alignfed.deploy.session import MARK
 
 SAMPLE_EVERY_S = 5.0
 MEASURES = ("memory_bytes", "disk_bytes", "handles")
+KEPT = "checkpoints"
+KEPT_BYTES = int(1.25 * 256_000_000)
+"""What is kept for replays by default, and a quarter more for files that are written anew."""
+
 GROWS = ("journal.sqlite", "journal.sqlite-wal", "metrics.jsonl")
 
 
@@ -70,9 +75,9 @@ def handles_of(pid: int) -> int:
         return 0
 
 
-def disk_of(folder: Path) -> tuple[int, int]:
-    """Return bytes that should stay, and bytes that grow with the work."""
-    steady = growing = 0
+def disk_of(folder: Path) -> tuple[int, int, int]:
+    """Return bytes that should stay, bytes kept for replays, and bytes that grow with the work."""
+    steady = kept = growing = 0
     for path in folder.rglob("*"):
         try:
             size = path.stat().st_blocks * 512 if path.is_file() else 0
@@ -80,9 +85,11 @@ def disk_of(folder: Path) -> tuple[int, int]:
             continue
         if path.parent == folder and path.name in GROWS:
             growing += size
+        elif path.parent == folder / KEPT:
+            kept += size
         else:
             steady += size
-    return steady, growing
+    return steady, kept, growing
 
 
 def status_of(folder: Path) -> dict:
@@ -98,7 +105,7 @@ def watch(process: subprocess.Popen, folder: Path, until_s: float) -> list[dict]
         while time.monotonic() - began_s < until_s and process.poll() is None:
             time.sleep(SAMPLE_EVERY_S)
             pids, mark = processes_of(process.pid, mark)
-            steady, growing = disk_of(folder)
+            steady, kept, growing = disk_of(folder)
             status = status_of(folder)
             sample = {
                 "time_s": time.monotonic() - began_s,
@@ -106,6 +113,7 @@ def watch(process: subprocess.Popen, folder: Path, until_s: float) -> list[dict]
                 "memory_bytes": sum(map(memory_of, pids)),
                 "handles": sum(map(handles_of, pids)),
                 "disk_bytes": steady,
+                "kept_bytes": kept,
                 "journal_bytes": growing,
                 "uploads": status.get("received", 0),
                 "version": status.get("version", 0),
@@ -131,6 +139,10 @@ def compare(samples: list[dict], limit: float) -> bool:
         flat = flat and change <= limit
         verdict = "flat" if change <= limit else "GROWS"
         print(f"{name:>13}: {first:14,.0f} -> {second:14,.0f}  {change:+.1%}  {verdict}")
+    kept = max(one["kept_bytes"] for one in samples)
+    flat = flat and kept <= KEPT_BYTES
+    verdict = "within" if kept <= KEPT_BYTES else "BEYOND"
+    print(f"{'kept_bytes':>13}: {kept:14,} at most, {verdict} {KEPT_BYTES:,}")
     print(f"{samples[-1]['uploads']} uploads, {samples[-1]['version']} versions in {last_s:.0f} s")
     print(f"journal: {samples[-1]['journal_bytes']:,} bytes")
     return flat
