@@ -338,16 +338,14 @@ def pieces(buffer: Tensor, size: int = PIECE) -> list[Tensor]:
 
 
 def with_layout(adapter: Adapter, layout: AdapterLayout) -> Adapter:
-    """Return an adapter of equal layout with the very same one, so that nobody compares again."""
+    """Return an adapter of equal layout with this very one, so that nobody compares again."""
     return adapter if adapter.layout is layout else Adapter(layout, adapter.buffers)
 
 
 def zeros_like(adapter: Adapter) -> Adapter:
     """Return an adapter of the same layout whose every element is zero."""
-    return Adapter(
-        adapter.layout,
-        {dtype: torch.zeros_like(buffer) for dtype, buffer in adapter.buffers.items()},
-    )
+    zeros = {dtype: torch.zeros_like(buffer) for dtype, buffer in adapter.buffers.items()}
+    return Adapter(adapter.layout, zeros)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
