@@ -14,7 +14,7 @@ from alignfed.config.problems import known_paths
 from alignfed.config.section import BUILTIN, Section
 from alignfed.config.words import allowed_words, table_of
 
-RECIPES = sorted(Path(__file__).parents[2].joinpath("recipes").glob("*.toml"))
+RECIPES = sorted(Path(__file__).parents[2].joinpath("recipes").rglob("*.toml"))
 
 MINIMAL = """
 [data]

@@ -5,7 +5,6 @@ to what was seen with seed 0, the one that is run.
 """
 
 import dataclasses
-import itertools
 import math
 
 import pytest
@@ -141,10 +140,10 @@ def test_alignfed_stays_alive_where_steps_overshoot(lora, calibrated):
     )
     assert last(losses) < 0.02 * losses[0]
     if calibrated:
-        tolerance = make_rule("alignfed").harm_tolerance
-        assert all(
-            after <= before * (1 + tolerance) + 1e-6 for before, after in itertools.pairwise(losses)
-        )
+        rule = make_rule("alignfed")
+        for flush in range(1, len(losses)):
+            highest = max(losses[max(0, flush - rule.harm_window) : flush])
+            assert losses[flush] <= highest * (1 + rule.harm_tolerance) + 1e-6
 
 
 def test_rank_space_alignment_keeps_factor_replay_alive():

@@ -9,6 +9,7 @@ from alignfed.core.adapter import difference, inner_product, norm
 from alignfed.core.agreement import (
     agreement_coefficients,
     clip_scales,
+    contradiction_factors,
     factor_gram,
     lengths,
     step_length,
@@ -69,6 +70,44 @@ def test_zero_identical_and_opposite_updates_never_make_a_coefficient_leave_its_
         assert 0.0 <= found <= weight
 
 
+def test_who_contradicts_everybody_else_is_damped_and_nobody_else_is():
+    honest = [[1.0, 0.3, 0], [1.0, -0.3, 0], [1.0, 0, 0.4], [1.0, 0, -0.4]]
+    found = contradiction_factors(gram(*honest, [-1.0, 0, 0]), 5, 0.5)
+    assert found == pytest.approx((1, 1, 1, 1, 0))
+    # At a cosine of -0.25 against the others' sum, half is left.
+    slight = [-0.25, math.sqrt(1 - 0.25**2), 0]
+    assert contradiction_factors(gram([1.0, 0, 0], [1.0, 0, 0], slight), 3, 0.5) == pytest.approx(
+        (1, 1, 0.5)
+    )
+
+
+def test_new_directions_contradict_nobody():
+    found = contradiction_factors(gram([1.0, 0, 0], [0, 2.0, 0], [0, 0, 3.0]), 3, 0.5)
+    assert found == (1.0, 1.0, 1.0)
+
+
+def test_between_two_nobody_can_tell_who_is_right_but_what_absent_clients_said_decides():
+    pair = [[1.0, 0.0], [-1.0, 0.0]]
+    assert contradiction_factors(gram(*pair), 2, 0.5) == (1.0, 1.0)
+    assert contradiction_factors(gram(*pair, [0.5, 0.5]), 2, 0.5)[1] == 0.0
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([-1.0, 0.0, 1e-20, 1.0, 1e6]), st.integers(0, 4)),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_damping_stays_between_zero_and_one(drawn):
+    generator = torch.Generator().manual_seed(7)
+    directions = torch.randn(5, 6, generator=generator, dtype=torch.float64)
+    rows = torch.stack([size * directions[index] for size, index in drawn])
+    found = contradiction_factors(rows @ rows.T, len(drawn), 0.5)
+    assert all(0.0 <= factor <= 1.0 for factor in found)
+
+
 def test_order_does_not_matter():
     rows = [[1.0, 0.2, 0], [0.8, 0.5, 0.1], [0, 1, -1], [0.3, 0, 2]]
     weights = [1.0, 0.7, 0.5, 1.2]
@@ -103,3 +142,11 @@ def test_the_gram_matrix_holds_inner_products_over_factors():
 def test_the_length_of_a_step_comes_from_the_gram_matrix():
     assert step_length(gram([3, 0], [0, 4]), [1.0, 1.0]) == pytest.approx(5.0)
     assert step_length(gram([3, 0], [3, 0]), [1.0, -1.0]) == 0.0
+
+
+def test_where_everybody_contradicts_the_rest_somebody_is_still_heard():
+    angles = torch.tensor([0.0, 2.094, 4.189], dtype=torch.float64)  # a star of three
+    directions = torch.stack([angles.cos(), angles.sin()], dim=1)
+    assert max(contradiction_factors(directions @ directions.T, 3, 0.5)) == 1.0
+    lopsided = directions * torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64)
+    assert max(contradiction_factors(lopsided @ lopsided.T, 3, 0.5)) == 1.0

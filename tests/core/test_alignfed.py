@@ -85,9 +85,9 @@ def test_a_harmful_flush_is_shortened_and_recorded():
     given = flush(current, entries, FactorMean(), calibrator=DistanceCalibrator(goal))
     rule = AlignFed()
     state, step = aggregate(rule, rule.init(current), given)
-    assert step.notes["step_scale"] == 0.25
-    assert step.notes["backtracks"] == 2.0
-    assert step.weights == (0.25,)
+    assert step.notes["step_scale"] == 0.125
+    assert step.notes["backtracks"] == 3.0
+    assert step.weights == (0.125,)
     before, after = (
         DistanceCalibrator(goal).loss(current),
         DistanceCalibrator(goal).loss(step.adapter),
@@ -95,7 +95,7 @@ def test_a_harmful_flush_is_shortened_and_recorded():
     assert step.notes["calibration_loss_before"] == pytest.approx(before)
     assert step.notes["calibration_loss_after"] == pytest.approx(after)
     assert after < before
-    assert state.trust == 0.25
+    assert state.trust == 0.125
 
 
 def test_a_flush_that_can_only_harm_leaves_the_model_as_it_is():
@@ -149,7 +149,7 @@ def test_a_loss_that_is_not_finite_is_neither_noted_nor_remembered():
 
 def test_the_loss_of_the_current_version_is_measured_once_and_then_remembered():
     given = stale_flush(FactorMean())
-    rule = AlignFed(harm_tolerance=1000.0)
+    rule = AlignFed(harm_tolerance=1000.0, overshoot_margin=1000.0, max_backtracks=0)
     state, first = aggregate(rule, rule.init(given.adapter), given)
     assert first.work.calibration_tokens == 2 * 40
     following = dataclasses.replace(given, version=given.version + 1, adapter=first.adapter)
@@ -257,3 +257,95 @@ def test_the_papers_weights_follow_equation_seven():
     weights = apply(rule, flush(current, entries, FactorMean())).weights
     assert sum(weights) == pytest.approx(1.0)
     assert weights[1] / weights[0] == pytest.approx(math.exp(-0.6) / 2 / 2, rel=1e-5)
+
+
+def lenient(**settings: object) -> AlignFed:
+    """Return a rule with a guard that accepts everything."""
+    return AlignFed(harm_tolerance=1e6, overshoot_margin=1e6, **settings)
+
+
+def heard(current: Adapter, client_id: int, update: Adapter) -> Given:
+    """Return a calibrated flush of one client's update."""
+    calibrator = DistanceCalibrator(along(current, 0, 9.0))
+    entries = [entry(client_id, update, current)]
+    return flush(current, entries, FactorMean(), calibrator=calibrator)
+
+
+def test_absent_clients_are_heard_again_until_they_report():
+    current = make_adapter(1)
+    rule = lenient(memory_dtype="float32")
+    state = rule.init(current)
+    first = heard(current, 0, along(current, 0, 1.0))
+    state, alone = aggregate(rule, state, first)
+    partly = along(along(current, 0, 0.6), 1, 0.8)
+    second = heard(current, 1, partly)
+    after, step = aggregate(rule, state, second)
+    moved_by = difference(step.adapter, current).dense["score.weight"].view(-1)
+    # The absent client's share of a mean over all comes on top, times its cosine with what is new.
+    assert moved_by[:2].tolist() == pytest.approx([0.6 + 0.6 / second.clients, 0.8], abs=1e-5)
+    assert step.notes["remembered_clients"] == 2.0
+    _, again = aggregate(rule, state, first)
+    assert again.adapter.checksum == alone.adapter.checksum
+    forgetful, _ = aggregate(dataclasses.replace(rule, memory_clients=1), state, second)
+    assert list(forgetful.recall.latest) == [1]
+    assert list(after.recall.latest) == [0, 1]
+
+
+def test_what_is_contradicted_now_is_not_heard_again():
+    current = make_adapter(1)
+    rule = lenient()
+    state = rule.init(current)
+    for position in (0, 1):
+        state, _ = aggregate(rule, state, heard(current, position, along(current, 0, 1.0)))
+    against = heard(current, 2, along(current, 0, -1.0))
+    _, fresh = aggregate(rule, rule.init(current), against)
+    _, remembering = aggregate(rule, state, against)
+    assert remembering.adapter.checksum == fresh.adapter.checksum
+
+
+def test_nobody_is_remembered_where_that_is_off_or_nobody_measures_the_step():
+    current = make_adapter(1)
+    for rule, given in (
+        (lenient(memory=False), heard(current, 0, moved(current, 2))),
+        (AlignFed(), flush(current, [entry(0, moved(current, 2), current)], FactorMean())),
+    ):
+        state, step = aggregate(rule, rule.init(current), given)
+        assert not state.recall.latest
+        assert "remembered_clients" not in step.notes
+
+
+@pytest.mark.parametrize("lora", [FactorMean(), ProductSum()], ids=["factor", "product"])
+def test_a_sign_flipped_and_a_scaled_up_client_are_cut_on_record_and_not_remembered(lora):
+    current = make_adapter(1)
+
+    def towards(length: float, position: int) -> Adapter:
+        return along(along(current, 0, length), position, 0.3 * abs(length))
+
+    honest = [entry(i, towards(1.0, i + 1), current) for i in range(6)]
+    flipped, loud = entry(6, towards(-1.0, 8), current), entry(7, towards(100.0, 9), current)
+    rule = lenient()
+    given = flush(
+        current, [*honest, flipped, loud], lora, calibrator=DistanceCalibrator(moved(current, 2))
+    )
+    state, step = aggregate(rule, rule.init(current), given)
+    assert step.cuts[:6] == (1.0,) * 6
+    assert step.weights[6] == step.cuts[6] == 0.0
+    assert step.cuts[7] == pytest.approx(0.02, rel=0.1)
+    assert sorted(state.recall.latest) == list(range(6))
+    assert (step.notes["damped"], step.notes["clipped"]) == (1.0, 1.0)
+
+
+def test_early_harm_is_measured_against_the_last_flushes():
+    current = make_adapter(1)
+    away = flush(
+        current,
+        [entry(0, along(current, 0, -0.2), current)],
+        FactorMean(),
+        calibrator=DistanceCalibrator(along(current, 0, 1.0)),
+    )
+    rule = AlignFed()
+    before = DistanceCalibrator(along(current, 0, 1.0)).loss(current)
+    for losses, taken in (((), False), ((2 * before,), True)):
+        state = dataclasses.replace(rule.init(current), losses=losses)
+        _, step = aggregate(rule, state, away)
+        assert (step.adapter.checksum != current.checksum) == taken

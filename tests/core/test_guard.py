@@ -25,15 +25,24 @@ class Distance:
         return abs(float(adapter.dense["x"][0]) - 1.0)
 
 
-def guarded(reach: float, *, tolerance: float = 0.0, before: float = 1.0) -> GuardedStep:
+def guarded(
+    reach: float,
+    *,
+    tolerance: float = 0.0,
+    before: float = 1.0,
+    margin: float = math.inf,
+    highest: float = 0.0,
+) -> GuardedStep:
     calibrator = Distance()
     step = guarded_step(
         at(0.0),
         lambda scale: at(scale * reach),
         calibrator,
         loss_before=before,
+        highest=max(before, highest),
         scale=1.0,
         tolerance=tolerance,
+        margin=margin,
         max_backtracks=3,
     )
     assert calibrator.calls <= step.forwards
@@ -70,5 +79,24 @@ def test_a_step_to_nowhere_is_never_taken():
     assert step.adapter.is_finite()
 
 
+def test_a_rise_below_what_was_seen_lately_is_no_harm():
+    assert guarded(2.4, highest=1.5).scale == 1.0
+    assert guarded(2.6, highest=1.5).scale == 0.5
+
+
+def test_a_step_whose_half_is_clearly_better_overshoots():
+    assert guarded(1.9, margin=0.5).scale == 0.5
+    assert guarded(1.9, margin=0.9).scale == 1.0
+
+
+def test_a_step_whose_half_is_a_little_better_is_taken_whole():
+    step = guarded(1.3, margin=0.1)
+    assert (step.scale, step.forwards, step.halvings) == (1.0, 2, 0)
+
+
+def test_half_of_a_step_that_helps_all_the_way_is_never_taken():
+    assert guarded(0.5, margin=0.0).scale == 1.0
+
+
 def test_a_lost_model_accepts_any_finite_loss():
-    assert guarded(50.0, before=math.nan).scale == 1.0
+    assert guarded(50.0, before=math.nan, margin=0.1).scale == 1.0

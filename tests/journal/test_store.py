@@ -134,7 +134,10 @@ def test_an_uploads_fate_follows_it_across_batches(tmp_path: Path) -> None:
         journal.record(arrived(0), ())
         journal.flush()
         journal.record(arrived(1, 2, metrics={"loss": 1.5}), ())
-        applied = (AppliedUpload(0, 1, 0, 0, 0.5, 2.0), AppliedUpload(1, 2, 0, 3, -0.0, math.inf))
+        applied = (
+            AppliedUpload(0, 1, 0, 0, 0.5, 2.0),
+            AppliedUpload(1, 2, 0, 3, -0.0, math.inf, 0.25),
+        )
         journal.record(arrived(2, 3), [Publish(1, adapter, applied, {"gain": math.nan})])
         journal.flush()
         with RunReader(tmp_path) as reader:
@@ -142,6 +145,9 @@ def test_an_uploads_fate_follows_it_across_batches(tmp_path: Path) -> None:
             (version,) = reader.versions()
     assert (first.outcome, first.weight, first.norm, first.staleness) == ("applied", 0.5, 2.0, 0)
     assert (second.applied_version, second.norm, second.metrics) == (1, None, {"loss": 1.5})
+    assert first.reason is None
+    assert second.reason == "cut"
+    assert second.detail is not None and "multiplied by 0.25" in second.detail
     assert (third.outcome, third.applied_version) == ("buffered", None)
     assert version.adapter == adapter.checksum
     assert (version.uploads, version.staleness_mean, version.staleness_max) == (2, 1.5, 3)

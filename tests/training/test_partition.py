@@ -57,6 +57,16 @@ def test_shard_gives_each_client_few_values():
     assert all(len({COLOURS[row] for row in share.rows}) <= 2 for share in shares)
 
 
+def test_clients_that_dirichlet_shares_leave_short_are_topped_up_and_stay_uneven():
+    # Sixty clients and four colours at alpha 0.01: some draw nothing of any, however often.
+    settings = PartitionSettings("dirichlet", 60, alpha=0.01, column="c", min_size=3)
+    shares = partition(200, COLOURS, settings)
+    assert rows_of(shares) == list(range(200))
+    assert min(len(share.rows) for share in shares) == 3
+    topped_up = [share for share in shares if len(share.rows) == 3]
+    assert sum(len({COLOURS[row] for row in share.rows}) <= 2 for share in topped_up) > 40
+
+
 @pytest.mark.parametrize("kind", ["iid", "dirichlet", "shard"])
 def test_the_seed_alone_decides_the_deal(kind):
     def deal(seed):
@@ -88,7 +98,7 @@ def test_impossible_settings_are_refused(settings):
     "settings",
     [
         PartitionSettings("iid", 101),
-        PartitionSettings("dirichlet", 60, alpha=0.01, column="c", min_size=3),
+        PartitionSettings("dirichlet", 70, alpha=0.01, column="c", min_size=3),
         PartitionSettings("natural", 5, column="c"),
         PartitionSettings("natural", column="c", min_size=51),
         PartitionSettings("shard", 90, column="c", shards_per_client=3),

@@ -44,11 +44,3 @@ def test_a_column_of_fractions_is_no_column_to_deal_by(kind):
     with pytest.raises(DataError, match=r"'score' holds the number .*text or whole numbers") as no:
         federate_pool(pool, DataSettings(calibration_examples=0), TEMPLATE, deal)
     assert "PartitionSettings" not in str(no.value)
-
-
-def test_classes_too_many_to_deal_are_refused_in_the_recipes_words():
-    pool = [{**one, "name": f"n{i % 2}"} for i, one in enumerate(records(100))]
-    deal = PartitionSettings("dirichlet", num_clients=20, column="name", min_size=3, alpha=0.001)
-    with pytest.raises(DataError, match=r"by column 'name' .* different values") as no:
-        federate_pool(pool, DataSettings(calibration_examples=0), TEMPLATE, deal)
-    assert "Settings" not in str(no.value) and "alpha" not in str(no.value)

@@ -123,6 +123,37 @@ def agreement_coefficients(
     return tuple(float(value) for value in found)
 
 
+def contradiction_factors(gram: Tensor, count: int, limit: float) -> tuple[float, ...]:
+    """Return factors in [0, 1] that damp updates pointing against all the others together.
+
+    With ``q_i`` the cosine between an update and the sum of the directions of everything else given
+    (the other updates, and whatever follows them, for example what absent clients said last), the
+    factor is ``1 + q_i / limit``, cut to [0, 1]: 1 for whoever does not contradict, 0 from a cosine
+    of ``-limit`` on. Where an update has fewer than two others to contradict nobody can tell who
+    is right, and it gets 1. Where everybody contradicts the rest, whoever does so least gets 1 and
+    the others in proportion.
+
+    Args:
+        gram: inner products, the updates first, shape at least ``(count, count)``.
+        count: how many of them are updates.
+        limit: in (0, 1].
+    """
+    norms = torch.tensor(lengths(gram), dtype=torch.float64)
+    safe = torch.where((norms > 0) & norms.isfinite(), norms, torch.inf)
+    cosines = gram.double().nan_to_num(0.0, 0.0, 0.0) / safe[:, None] / safe[None, :]
+    found = []
+    for i in range(count):
+        others = [j for j in range(len(norms)) if j != i and math.isfinite(float(safe[j]))]
+        if len(others) < 2 or not math.isfinite(float(safe[i])):
+            found.append(1.0)
+            continue
+        along = float(cosines[i, others].sum())
+        length = math.sqrt(max(0.0, float(cosines[others][:, others].sum())))
+        found.append(min(1.0, max(0.0, 1.0 + along / (length * limit))) if length > 1e-6 else 1.0)
+    most = max(found, default=1.0)
+    return tuple(one / most if most > 0 else 1.0 for one in found)
+
+
 def _positive_cosines(gram: Tensor) -> Tensor:
     """Return cosines cut to [0, 1], fp64; 1 on the diagonal, 0 beside an update of length zero."""
     norms = torch.tensor(lengths(gram), dtype=torch.float64)
@@ -130,6 +161,21 @@ def _positive_cosines(gram: Tensor) -> Tensor:
     cosines = (gram.double() / safe[:, None] / safe[None, :]).clamp(0.0, 1.0)
     cosines = (cosines + cosines.T) / 2
     return cosines.fill_diagonal_(1.0)
+
+
+def accord(gram: Tensor, coefficients: Sequence[float]) -> float:
+    """Return the cosine between ``sum_i c_i delta_i`` and the vector after it, at least 0.
+
+    Args:
+        gram: inner products of the updates and one more vector, shape ``(K + 1, K + 1)``.
+        coefficients: c, of the K updates.
+    """
+    c = torch.tensor(coefficients, dtype=torch.float64)
+    own, other = gram.double()[:-1, :-1], float(gram[-1, -1])
+    square = float(c @ own @ c) * other
+    if not square > 0 or not math.isfinite(square):
+        return 0.0
+    return min(1.0, max(0.0, float(c @ gram.double()[:-1, -1]) / math.sqrt(square)))
 
 
 def step_length(gram: Tensor, coefficients: Sequence[float]) -> float:

@@ -262,7 +262,7 @@ class Coordinator:
         if self.put_by is not None:
             adapter = self.put_by(adapter)
         state.gathered = rule.receive(state.gathered, entry, adapter, base, self.lora)
-        work_ahead(rule, state.gathered, state.adapter, self.lora)
+        work_ahead(rule, state.gathered, state.adapter, self.lora, self.calibrator)
 
     def _flush_if_complete(
         self, state: CoordinatorState, now_s: float, out: list[Instruction]
@@ -324,16 +324,13 @@ class Coordinator:
         state.version += 1
         state.adapter = adapter
         state.snapshots[state.version] = Snapshot(adapter)
+        cuts = step.cuts or (1.0,) * len(updates)
         applied = tuple(
             AppliedUpload(
-                entry.task_id,
-                entry.client_id,
-                entry.base_version,
-                entry.staleness,
-                weight,
-                entry.norm,
+                *(entry.task_id, entry.client_id, entry.base_version, entry.staleness),
+                *(weight, entry.norm, cut),
             )
-            for entry, weight in zip(updates, step.weights, strict=True)
+            for entry, weight, cut in zip(updates, step.weights, cuts, strict=True)
         )
         out.append(Publish(state.version, adapter, applied, step.notes, step.work))
 

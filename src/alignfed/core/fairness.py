@@ -18,6 +18,21 @@ def freshness(staleness: int, decay: float) -> float:
     return math.exp(-decay * staleness)
 
 
+def relative_freshness(staleness: int, usual: float, exponent: float) -> float:
+    """Return ``(1 + s / (1 + s_mean)) ** -exponent``: 1 for a fresh update, never growing with s.
+
+    Staleness counts in units of what is usual in this fleet, so that the same exponent serves a
+    mean of 2 and of 24; and the factor falls as a power, not exponentially: the slowest clients,
+    many times as stale as the mean, may hold what nobody else does and must still be heard.
+
+    Args:
+        staleness: of the update.
+        usual: mean staleness of lately applied updates.
+        exponent: 0 ignores staleness.
+    """
+    return float((1.0 + staleness / (1.0 + usual)) ** -exponent)
+
+
 def participation(uploads: int, mean_uploads: float, exponent: float, limit: float) -> float:
     """Return ``(mean uploads / n_i) ** exponent``, clipped to ``[1 / limit, limit]``.
 

@@ -49,6 +49,8 @@ class AppliedUpload:
     Attributes:
         weight: its coefficient in the server step.
         norm: Euclidean norm of its innovation, factor by factor.
+        cut: what the rule multiplied its coefficient by for being too long or for contradicting
+            the others (already in ``weight``); 1 where it was left as it was.
     """
 
     task_id: int
@@ -57,6 +59,7 @@ class AppliedUpload:
     staleness: int
     weight: float
     norm: float
+    cut: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

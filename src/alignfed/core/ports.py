@@ -228,12 +228,15 @@ class Step:
         weights: coefficient of each buffered update, in order.
         notes: what to record, for example calibration loss before and after.
         work: size of the server's work.
+        cuts: what each update's coefficient was multiplied by for being too long or for
+            contradicting the others, in order; empty: nothing was cut.
     """
 
     adapter: Adapter
     weights: tuple[float, ...]
     notes: Mapping[str, float] = field(default_factory=dict)
     work: ServerWork = ServerWork()
+    cuts: tuple[float, ...] = ()
 
     def refused(self, adapter: Adapter) -> Step:
         """Return a step that leaves ``adapter`` as it is, with a note that says so."""
@@ -278,21 +281,28 @@ def scheduler_of(rule: AggregationRule) -> Scheduler | None:
     return scheduler
 
 
-def work_ahead(rule: AggregationRule, gathered: Any, current: Adapter, lora: LoraRule) -> None:
+def work_ahead(
+    rule: AggregationRule,
+    gathered: Any,
+    current: Adapter,
+    lora: LoraRule,
+    calibrator: Calibrator | None,
+) -> None:
     """Let a rule do on an upload's arrival what need not wait for the flush; most have nothing.
 
-    Such a rule has a method ``ahead(gathered, current, lora)``, which changes what is gathered in
-    place. It saves the flush time and changes its result by rounding at most.
+    Such a rule has a method ``ahead(gathered, current, lora, calibrator)``, which changes what is
+    gathered in place. It saves the flush time and changes its result by rounding at most.
 
     Args:
         rule: the rule.
         gathered: what its ``receive`` returned last.
         current: the current version's adapter, which the flush will move.
         lora: how factors combine.
+        calibrator: what the flush will have to measure losses with.
     """
     ahead = getattr(rule, "ahead", None)
     if ahead is not None:
-        ahead(gathered, current, lora)
+        ahead(gathered, current, lora, calibrator)
 
 
 class AggregationRule(Protocol):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from alignfed.core import adapter, admission, compass, events, instructions, ports, state, update
 from alignfed.core.adapter import Adapter
-from alignfed.core.aggregation import compared, fedasync, held, memory
+from alignfed.core.aggregation import compared, fedasync, held, memory, recall
 from alignfed.core.lora import factor, hetlora, product
 from alignfed.core.ports import AggregationRule
 from alignfed.errors import JournalError
@@ -62,6 +62,7 @@ CORE_CLASSES: tuple[type, ...] = (
     held.HeldUpdates,
     compared.ComparedUpdates,
     memory.ClientMemory,
+    recall.Recall,
     factor.FactorSum,
     product.ProductTerms,
     hetlora.WeightedSum,

@@ -77,7 +77,10 @@ class DerivedTables:
                     task_id=item.task_id,
                 )
             weight, norm = _finite(item.weight), _finite(item.norm)
-            outcome = ("applied", seq, None, None, publish.version, item.staleness, weight, norm)
+            why: tuple[str | None, str | None] = (None, None)
+            if item.cut < 1.0:
+                why = ("cut", f"coefficient multiplied by {item.cut:.3g}, see the version's notes")
+            outcome = ("applied", seq, *why, publish.version, item.staleness, weight, norm)
             if (waiting := self._uploads.get(upload_seq)) is not None:
                 self._uploads[upload_seq] = waiting[:_OUTCOME_AT] + outcome
             else:

@@ -30,7 +30,8 @@ class UploadRecord:
         arrived_s: the driver's clock.
         num_examples: training examples it claims; None where unknown.
         outcome: ``buffered``, ``applied`` or ``rejected``.
-        reason: why it was refused, a ``RejectReason``'s value.
+        reason: why it was refused, a ``RejectReason``'s value; ``cut`` where it was applied with a
+            coefficient cut for being too long or for contradicting the others.
         detail: the same for people.
         applied_version: the version whose flush applied it.
         staleness: server versions passed since its base when it was applied.

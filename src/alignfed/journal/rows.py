@@ -202,7 +202,8 @@ def _reject(instruction: Reject) -> Fields:
 def _publish(instruction: Publish) -> Fields:
     applied = ",".join(
         f"[{item.task_id},{item.client_id},{item.base_version},{item.staleness},"
-        f"{_number(item.weight)},{_number(item.norm)}]"
+        f"{_number(item.weight)},{_number(item.norm)}"
+        f"{f',{_number(item.cut)}' if item.cut < 1.0 else ''}]"
         for item in instruction.applied
     )
     work = instruction.work

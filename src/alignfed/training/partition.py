@@ -40,7 +40,8 @@ class PartitionSettings:
         alpha: concentration of ``dirichlet``; smaller is less even.
         column: the column that ``dirichlet``, ``natural`` and ``shard`` go by.
         min_size: fewest examples a client may hold. ``natural`` leaves smaller clients out,
-            ``dirichlet`` draws again (ten times), the others refuse.
+            ``dirichlet`` draws again (ten times), then gives those below it rows of the clients
+            with the most; the others refuse.
         shards_per_client: pieces each client gets of ``shard``.
         seed: seed of the deal.
 
@@ -108,7 +109,7 @@ def partition(
             num_examples=num_examples,
             num_clients=clients,
         )
-    shares = _deal(_partitioner(settings), num_examples, values, settings)
+    shares = _deal(num_examples, values, settings)
     smallest = min(range(clients), key=lambda client: len(shares[client].rows))
     if len(shares[smallest].rows) < settings.min_size:
         raise DataError(
@@ -119,7 +120,7 @@ def partition(
     return shares
 
 
-def _partitioner(settings: PartitionSettings) -> Partitioner:
+def _partitioner(settings: PartitionSettings, min_size: int) -> Partitioner:
     clients = settings.num_clients or 0
     if settings.kind == "iid":
         return IidPartitioner(num_partitions=clients)
@@ -128,7 +129,7 @@ def _partitioner(settings: PartitionSettings) -> Partitioner:
             num_partitions=clients,
             partition_by="value",
             alpha=float(settings.alpha),
-            min_partition_size=settings.min_size,
+            min_partition_size=min_size,
             self_balancing=False,
             shuffle=True,
             seed=settings.seed,
@@ -145,10 +146,7 @@ def _partitioner(settings: PartitionSettings) -> Partitioner:
 
 
 def _deal(
-    partitioner: Partitioner,
-    num_examples: int,
-    values: Sequence[Any] | None,
-    settings: PartitionSettings,
+    num_examples: int, values: Sequence[Any] | None, settings: PartitionSettings
 ) -> list[Share]:
     # The partitioner for equal shares cuts runs of rows, so the rows are shuffled first.
     order = np.random.default_rng(settings.seed).permutation(num_examples)
@@ -157,25 +155,48 @@ def _deal(
     if settings.kind != "iid":
         every = _column(values, settings)
         columns["value"] = [every[row] for row in order]
-    partitioner.dataset = Dataset.from_dict(columns)
-    # Warnings of drawing again are the normal course of a small alpha; giving up is an error.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        # datasets 4.8 sorts with an argument that pyarrow 25 deprecates.
-        warnings.filterwarnings("ignore", ".*null_placement.*", FutureWarning)
-        try:
-            count = partitioner.num_partitions
-            parts = [partitioner.load_partition(client) for client in range(count)]
-        except ValueError as error:
+    dataset = Dataset.from_dict(columns)
+    try:
+        dealt = _load(_partitioner(settings, settings.min_size), dataset)
+    except ValueError as error:
+        if settings.kind != "dirichlet":
             raise DataError(
                 f"{num_examples} examples cannot be dealt to {settings.num_clients} clients by"
                 f" column {settings.column!r} (kind {settings.kind!r}, {len(set(every))} different"
                 " values); name a column with fewer values, or lower num_clients or min_size"
             ) from error
-    return [
-        Share(name=f"client-{client}", rows=tuple(int(row) for row in part["row"]))
-        for client, part in enumerate(parts)
-    ]
+        dealt = _load(_partitioner(settings, 0), dataset)
+        _top_up(dealt, every, settings.min_size)
+    return [Share(name=f"client-{client}", rows=tuple(rows)) for client, rows in enumerate(dealt)]
+
+
+def _load(partitioner: Partitioner, dataset: Dataset) -> list[list[int]]:
+    partitioner.dataset = dataset
+    # Warnings of drawing again are the normal course of a small alpha; giving up is an error.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        # datasets 4.8 sorts with an argument that pyarrow 25 deprecates.
+        warnings.filterwarnings("ignore", ".*null_placement.*", FutureWarning)
+        count = partitioner.num_partitions
+        parts = [partitioner.load_partition(client) for client in range(count)]
+    return [[int(row) for row in part["row"]] for part in parts]
+
+
+def _top_up(dealt: list[list[int]], values: Sequence[str | int], min_size: int) -> None:
+    """Give each client below ``min_size`` rows of whoever holds the most, of one value first.
+
+    With many clients and a small alpha, some client draws next to nothing of every value, however
+    often all draw again. The rows come from the giver's most frequent value, so that a client
+    topped up is as uneven as the others.
+    """
+    for rows in sorted(dealt, key=len):
+        while (missing := min_size - len(rows)) > 0:
+            giver = max(dealt, key=len)
+            common, _ = Counter(values[row] for row in giver).most_common(1)[0]
+            spare = min(missing, len(giver) - min_size)
+            given = [row for row in giver if values[row] == common][-spare:]
+            rows += given
+            giver[:] = [row for row in giver if row not in given]
 
 
 def _by_natural_id(values: list[str | int], settings: PartitionSettings) -> list[Share]:

@@ -2,29 +2,37 @@
 
 After Wang, Gao and Wang 2026, "AlignFed" (arXiv 2606.08197). ``variant="paper"`` follows the
 equations as reported by third parties (there is no official code); the default departs from them
-where they fail, and says so in ``grouping.py``, ``alignment.py`` and ``fairness.py``. A flush of K
-updates of staleness ``s_i`` goes through five stages, each a pure function of the one before:
+where they fail, and says so in ``grouping.py``, ``alignment.py`` and ``fairness.py``;
+docs/method.md derives it. A flush of K updates of staleness ``s_i`` goes through these stages, each
+a pure function of the ones before:
 
 1. alignment: each stale update is carried to the current version, by maps of its base version;
 2. fairness: weights ``w_i = f_i p_i`` (freshness, participation) over the whole buffer;
 3. agreement: ``(G + lambda diag G) c = (1 + lambda) diag(G) w`` on the Gram matrix of the carried
-   updates, long ones clipped first; a mean where clients agree, a sum where they do not;
+   updates, long ones clipped first; a mean where clients agree, a sum where they do not; who
+   contradicts all others is damped;
 4. grouping: within a base version, coefficients move towards their mean;
-5. guard: the step is bounded in length, and halved while the calibration loss objects; with no
-   calibration set, staleness shortens it instead.
+5. memory: the mean of what absent clients said last is added;
+6. guard: the step is bounded in length, and halved while it harms the calibration loss or clearly
+   overshoots; with no calibration set, staleness shortens it instead.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import fmean, median
 
 from torch import Tensor
 
-from alignfed.core.adapter import Adapter
+from alignfed.core.adapter import DTYPES, Adapter
 from alignfed.core.aggregation import alignfed_paper
+from alignfed.core.aggregation.alignfed_state import (
+    REMEMBERED_NORMS,
+    AlignFedState,
+    seen_staleness,
+)
 from alignfed.core.aggregation.compared import (
     ComparedUpdates,
     carried,
@@ -32,28 +40,25 @@ from alignfed.core.aggregation.compared import (
     gather,
     step_of,
 )
-from alignfed.core.aggregation.held import Pair
+from alignfed.core.aggregation.recall import absent_pair, remember_flush
 from alignfed.core.aggregation.settings import check_settings, choice, number, switch, whole
 from alignfed.core.aggregation.sizes import combining_bytes, comparing_bytes, require_updates
-from alignfed.core.aggregation.transport import carry
+from alignfed.core.aggregation.transport import carry, gram_of
 from alignfed.core.agreement import (
+    accord,
     agreement_coefficients,
     clip_scales,
-    factor_gram,
+    contradiction_factors,
     lengths,
     step_length,
 )
-from alignfed.core.algebra import innovation, product_gram
-from alignfed.core.fairness import cap_mean, freshness, participation
+from alignfed.core.fairness import cap_mean, participation, relative_freshness
 from alignfed.core.grouping import damp_deviations
 from alignfed.core.guard import guarded_step
 from alignfed.core.instructions import ServerWork
 from alignfed.core.lora import is_linear, space_of
 from alignfed.core.lora.factor import FactorSum
-from alignfed.core.ports import BufferedUpdate, Flush, LoraRule, Step
-
-REMEMBERED_NORMS = 32
-"""Lengths of past updates kept as a measure for the next ones."""
+from alignfed.core.ports import BufferedUpdate, Calibrator, Flush, LoraRule, Step
 
 TRUST_GROWTH = 1.25
 """A step that needed no halving lets the next one start this much longer, up to 1."""
@@ -63,28 +68,22 @@ LEAST_TRUST = 2.0**-6
 
 
 @dataclass(frozen=True, slots=True)
-class AlignFedState:
-    """What AlignFed remembers between flushes.
+class _Plan:
+    """The step before the guard.
 
     Attributes:
-        trust: what the guard multiplies the next step by before trying it.
-        norms: lengths (after clipping) of the last updates.
-        calibrated_version: server version whose calibration loss is known (-1: none).
-        calibration_loss: that loss, in nats.
+        coefficients: of the carried updates, clipping and the step's bound included.
+        absent: coefficient of the mean of absent clients.
+        lengths: of the carried updates, clipped.
+        cuts: what each update's own coefficient was multiplied by for being too long or for
+            contradicting all others; 1: left as it was.
+        notes: what to record.
     """
 
-    trust: float = 1.0
-    norms: tuple[float, ...] = ()
-    calibrated_version: int = -1
-    calibration_loss: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """The step before the guard: coefficients of the carried updates, their clipped lengths."""
-
     coefficients: tuple[float, ...]
+    absent: float
     lengths: tuple[float, ...]
+    cuts: tuple[float, ...]
     notes: dict[str, float]
 
 
@@ -98,6 +97,7 @@ class AlignFed:
     grouping: bool = switch(True, "treat updates of one base version as a group")
     alignment: bool = switch(True, "carry stale updates to the current version")
     fairness: bool = switch(True, "weigh by freshness and participation")
+    memory: bool = switch(True, "add what absent clients said last")
     server_step: float = number(1.0, "multiplies every coefficient", low=0, low_included=False)
     agreement: float = number(
         1.0, "lambda, the larger the nearer to a sum", low=0, low_included=False
@@ -115,10 +115,26 @@ class AlignFed:
         0.05, "damping of alignment maps, relative", low=0, low_included=False
     )
     calibration_positions: int = whole(256, "positions used to fit activation maps", low=1)
-    freshness_decay: float = number(0.05, "gamma of exp(-gamma s)", low=0)
-    reported_decay: float = number(0.2, "gamma of the paper variant", low=0)
-    participation_exponent: float = number(0.5, "of mean uploads / own uploads", low=0, high=2)
+    freshness_decay: float = number(
+        0.125, "gamma of (1 + s / (1 + mean s)) ** -gamma", low=0, high=4
+    )
+    reported_decay: float = number(0.2, "gamma of exp(-gamma s), the paper variant's", low=0)
+    participation_exponent: float = number(0.25, "of mean uploads / own uploads", low=0, high=2)
     participation_limit: float = number(4.0, "largest participation factor", low=1)
+    memory_share: float = number(
+        1.0, "beta, weight of the mean over absent clients, times their accord", low=0, high=16
+    )
+    memory_clients: int = whole(256, "clients remembered at most, the most recent ones", low=1)
+    memory_dtype: str = choice(
+        "bfloat16", ("bfloat16", "float32"), "how remembered updates are kept"
+    )
+    contradiction_limit: float = number(
+        0.5,
+        "an update at this cosine against all others is ignored",
+        low=0,
+        high=1,
+        low_included=False,
+    )
     max_norm_ratio: float = number(
         2.0, "longer updates are cut to this multiple of the median length", low=1
     )
@@ -130,6 +146,12 @@ class AlignFed:
     )
     harm_tolerance: float = number(
         0.02, "rise of the calibration loss accepted, as a share of it", low=0
+    )
+    harm_window: int = whole(
+        8, "flushes whose highest calibration loss a step is measured against", low=1, high=1024
+    )
+    overshoot_margin: float = number(
+        0.02, "half a step must be better by this share of the loss to be taken instead", low=0
     )
     max_backtracks: int = whole(3, "halvings before a step is given up", low=0, high=16)
 
@@ -144,6 +166,10 @@ class AlignFed:
     def needs_calibrator(self) -> bool:
         """Whether stale updates cannot be aligned without a calibration mini-batch."""
         return self.alignment and (self.variant == "paper" or self.alignment_map != "rank")
+
+    def _remembers(self, calibrator: Calibrator | None) -> bool:
+        # Old news on top of a step whose length nobody measures brings late overshoot.
+        return self.memory and self.memory_share > 0 and self._is_guarded(calibrator)
 
     def init(self, adapter: Adapter) -> AlignFedState:
         """Return the state before the first flush."""
@@ -160,9 +186,15 @@ class AlignFed:
         """Keep the update until the flush."""
         return gather(gathered, entry, update, base)
 
-    def ahead(self, gathered: ComparedUpdates, current: Adapter, lora: LoraRule) -> None:
+    def ahead(
+        self,
+        gathered: ComparedUpdates,
+        current: Adapter,
+        lora: LoraRule,
+        calibrator: Calibrator | None,
+    ) -> None:
         """Compare updates with each other as they arrive, some at a time."""
-        if gathered.is_due and self._compares_ahead(lora):
+        if gathered.is_due and self._compares_ahead(lora, calibrator):
             compare(gathered, current, self._ridge)
 
     def apply(
@@ -190,7 +222,7 @@ class AlignFed:
                 server_step=self.server_step,
             )
             return state, step
-        if self._compares_ahead(flush.lora):
+        if self._compares_ahead(flush.lora, flush.calibrator):
             return self._apply_compared(state, gathered, flush)
         transport = carry(
             flush,
@@ -199,26 +231,42 @@ class AlignFed:
             ridge=self.alignment_ridge,
             max_positions=self.calibration_positions,
         )
-        gram = gram_of(transport.pairs, space, transport.origin)
-        plan = self._plan(flush, gram, state.norms)
+        absent, origin = None, transport.origin
+        if self._remembers(flush.calibrator):
+            absent = absent_pair(state.recall, flush, space, origin)
+        pairs = transport.pairs if absent is None else (*transport.pairs, absent)
+        if origin is None and absent is not None and space == "factor":
+            origin = absent[1]
+        plan = self._plan(state, flush, gram_of(pairs, space, origin))
+        notes = dict(transport.notes)
+        if self._remembers(flush.calibrator):
+            recall = remember_flush(
+                state.recall,
+                flush,
+                transport.pairs,
+                plan.cuts,
+                self.memory_clients,
+                DTYPES[self.memory_dtype],
+            )
+            state = replace(state, recall=recall)
+            notes["remembered_clients"] = float(len(recall.latest))
+        coefficients = (*plan.coefficients, plan.absent)[: len(pairs)]
 
         def candidate(scale: float) -> Adapter:
             terms = [
                 (scale * coefficient, update, base)
-                for coefficient, (update, base) in zip(
-                    plan.coefficients, transport.pairs, strict=True
-                )
+                for coefficient, (update, base) in zip(coefficients, pairs, strict=True)
             ]
             return flush.lora.combine(flush.adapter, terms)
 
-        return self._take(state, flush, plan, candidate, transport.notes, transport.forwards)
+        return self._take(state, flush, plan, candidate, notes, transport.forwards)
 
     def _apply_compared(
         self, state: AlignFedState, gathered: ComparedUpdates, flush: Flush
     ) -> tuple[AlignFedState, Step]:
         compare(gathered, flush.adapter, self._ridge)
         found = carried(gathered)
-        plan = self._plan(flush, found.gram, state.norms)
+        plan = self._plan(state, flush, found.gram)
         sums, notes = step_of(gathered, plan.coefficients, found.shortened, flush.adapter)
 
         def candidate(scale: float) -> Adapter:
@@ -230,57 +278,77 @@ class AlignFed:
     def _ridge(self) -> float | None:
         return self.alignment_ridge if self.alignment else None
 
-    def _compares_ahead(self, lora: LoraRule) -> bool:
-        """Whether inner products and maps need nothing that only the flush knows."""
+    def _compares_ahead(self, lora: LoraRule, calibrator: Calibrator | None) -> bool:
+        """Whether inner products and maps need nothing that only the flush knows.
+
+        A memory keeps each update as it was carried, and so needs it whole.
+        """
         return (
             self.variant == "default"
             and self.agreement_space in ("auto", "factor")
             and (self.alignment_map == "rank" or not self.alignment)
             and is_linear(lora)
+            and not self._remembers(calibrator)
         )
 
-    def _plan(self, flush: Flush, gram: Tensor, earlier: Sequence[float]) -> _Plan:
-        norms = lengths(gram)
+    def _plan(self, state: AlignFedState, flush: Flush, gram: Tensor) -> _Plan:
+        """Return the step; ``gram`` holds the updates and perhaps the absent clients' mean."""
+        count, earlier = len(flush.updates), state.norms
+        norms = lengths(gram)[:count]
         clips = clip_scales(norms, earlier, self.max_norm_ratio)
         clipped = tuple(n * clip if clip > 0 else 0.0 for n, clip in zip(norms, clips, strict=True))
-        scales = gram.new_tensor(clips)
+        scales = gram.new_tensor((*clips, *[1.0] * (len(gram) - count)))
         # An update too long to be squared is clipped to nothing; its inner products mean nothing.
         gram = gram.where(gram.isfinite(), 0.0) * scales[:, None] * scales[None, :]
         repeats = None
-        if not self._is_guarded(flush):
+        if not self._is_guarded(flush.calibrator):
             # Nobody measures whether the step overshoots, and whether it does is not in the
             # updates: delayed steps are safe while step times delay is bounded (Koloskova et al.
             # 2022, arXiv 2206.08307). Each of the K updates applied per version since the base is
             # taken for a repetition of this one, so that coefficients sum to O(1 / staleness).
             repeats = [float(len(flush.updates) * entry.staleness) for entry in flush.updates]
-        found = agreement_coefficients(gram, self._weights(flush), self.agreement, repeats)
+        damped = contradiction_factors(gram, count, self.contradiction_limit)
+        own = gram[:count, :count]
+        weights = self._weights(state, flush)
+        found = agreement_coefficients(own, weights, self.agreement, repeats)
         if self.grouping:
             versions = [entry.base_version for entry in flush.updates]
             found = damp_deviations(found, versions, self.deviation_keep)
-        found = tuple(self.server_step * coefficient for coefficient in found)
+        found = tuple(
+            self.server_step * coefficient * factor
+            for coefficient, factor in zip(found, damped, strict=True)
+        )
+        absent = 0.0
+        if len(gram) > count:
+            # What was said earlier counts as far as it is still being said.
+            absent = self.server_step * self.memory_share * accord(gram, found)
         moving = [norm for norm in (*earlier, *clipped) if norm > 0]
-        length = step_length(gram, found)
+        length = step_length(gram, (*found, absent) if len(gram) > count else found)
         limit = self.max_step_ratio * median(moving) if moving else math.inf
         bound = min(1.0, limit / length) if length > 0 else 1.0
         return _Plan(
             coefficients=tuple(bound * c * clip for c, clip in zip(found, clips, strict=True)),
+            absent=bound * absent,
             lengths=clipped,
+            cuts=tuple(clip * factor for clip, factor in zip(clips, damped, strict=True)),
             notes={
                 "step_norm": bound * length,
                 "step_bound": bound,
                 "clipped": float(sum(clip < 1.0 for clip in clips)),
+                "damped": float(sum(factor < 1.0 for factor in damped)),
             },
         )
 
-    def _is_guarded(self, flush: Flush) -> bool:
-        return self.guard and flush.calibrator is not None
+    def _is_guarded(self, calibrator: Calibrator | None) -> bool:
+        return self.guard and calibrator is not None
 
-    def _weights(self, flush: Flush) -> tuple[float, ...]:
+    def _weights(self, state: AlignFedState, flush: Flush) -> tuple[float, ...]:
         if not self.fairness:
             return (1.0,) * len(flush.updates)
+        usual = fmean(seen_staleness(state, flush))
         return cap_mean(
             [
-                freshness(entry.staleness, self.freshness_decay)
+                relative_freshness(entry.staleness, usual, self.freshness_decay)
                 * participation(
                     entry.uploads,
                     flush.mean_uploads,
@@ -311,60 +379,57 @@ class AlignFed:
             forwards: calibration mini-batches sent forward for it.
         """
         coefficients = plan.coefficients
-        state = replace(state, norms=(*state.norms, *plan.lengths)[-REMEMBERED_NORMS:])
+        state = replace(
+            state,
+            norms=(*state.norms, *plan.lengths)[-REMEMBERED_NORMS:],
+            staleness=seen_staleness(state, flush),
+        )
         versions = len({entry.base_version for entry in flush.updates})
         notes = {**notes, **plan.notes, "versions": float(versions)}
         moved = comparing_bytes(flush) + combining_bytes(flush)
         calibrator = flush.calibrator
-        if calibrator is None or not self._is_guarded(flush):
+        if calibrator is None or not self._is_guarded(flush.calibrator):
             tokens = calibrator.tokens * forwards if calibrator else 0
             work = ServerWork(moved, tokens)
-            return state, Step(candidate(1.0), coefficients, notes, work)
+            return state, Step(candidate(1.0), coefficients, notes, work, plan.cuts)
         before = state.calibration_loss
         if state.calibrated_version != flush.version:
             before = calibrator.loss(flush.adapter)
             forwards += 1
+        losses = (*state.losses, before)[-self.harm_window :]
         guarded = guarded_step(
             flush.adapter,
             candidate,
             calibrator,
             loss_before=before,
+            highest=max((loss for loss in losses if math.isfinite(loss)), default=before),
             scale=state.trust,
             tolerance=self.harm_tolerance,
+            margin=self.overshoot_margin,
             max_backtracks=self.max_backtracks,
         )
         forwards += guarded.forwards
         trust = guarded.tried_scale
         if guarded.scale == 0:
             trust /= 2
-        elif guarded.forwards == 1:
+        elif guarded.halvings == 0:
             trust = min(1.0, trust * TRUST_GROWTH)
         known = math.isfinite(guarded.loss)
-        losses = {"calibration_loss_before": before, "calibration_loss_after": guarded.loss}
+        measured = {"calibration_loss_before": before, "calibration_loss_after": guarded.loss}
         notes = {
             **notes,
-            **{name: loss for name, loss in losses.items() if math.isfinite(loss)},
+            **{name: loss for name, loss in measured.items() if math.isfinite(loss)},
             "step_scale": guarded.scale,
-            "backtracks": float(guarded.forwards - 1),
+            "backtracks": float(guarded.halvings),
         }
         state = replace(
             state,
             trust=max(LEAST_TRUST, trust),
+            losses=losses if math.isfinite(before) else state.losses,
             calibrated_version=flush.version + 1 if known else -1,
             calibration_loss=guarded.loss if known else 0.0,
         )
         weights = tuple(guarded.scale * coefficient for coefficient in coefficients)
         moved += (guarded.forwards - 1) * combining_bytes(flush)
         work = ServerWork(moved, calibrator.tokens * forwards)
-        return state, Step(guarded.adapter, weights, notes, work)
-
-
-def gram_of(pairs: Sequence[Pair], space: str, origin: Adapter | None) -> Tensor:
-    """Return the inner products of ``update - base`` over all pairs, in factors or in products."""
-    if space == "factor":
-        # What was aligned is a difference already: its base is zero throughout.
-        return factor_gram(
-            [update for update, _ in pairs],
-            [None if base is origin else base for _, base in pairs],
-        )
-    return product_gram([innovation(update, base) for update, base in pairs])
+        return state, Step(guarded.adapter, weights, notes, work, plan.cuts)

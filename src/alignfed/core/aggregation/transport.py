@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from alignfed.core.adapter import Adapter, difference, zeros_like
 from alignfed.core.aggregation.held import Pair
+from alignfed.core.agreement import factor_gram
+from alignfed.core.algebra import innovation, product_gram
 from alignfed.core.alignment import (
     ActivationMap,
     activation_gain,
@@ -140,3 +142,14 @@ def _fit_activations(
     if without == 0:
         return maps, {}
     return maps, {"activation_gain": 1.0 - math.sqrt(aligned / without)}
+
+
+def gram_of(pairs: Sequence[Pair], space: str, origin: Adapter | None) -> Tensor:
+    """Return the inner products of ``update - base`` over all pairs, in factors or in products."""
+    if space == "factor":
+        # What was aligned is a difference already: its base is zero throughout.
+        return factor_gram(
+            [update for update, _ in pairs],
+            [None if base is origin else base for _, base in pairs],
+        )
+    return product_gram([innovation(update, base) for update, base in pairs])

@@ -1,0 +1,43 @@
+"""What AlignFed remembers between flushes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from alignfed.core.aggregation.recall import Recall
+from alignfed.core.ports import Flush
+
+REMEMBERED_NORMS = 32
+"""Lengths of past updates kept as a measure for the next ones."""
+
+REMEMBERED_STALENESS = 64
+"""Applied updates whose mean staleness counts as usual."""
+
+
+@dataclass(frozen=True, slots=True)
+class AlignFedState:
+    """What AlignFed remembers between flushes.
+
+    Attributes:
+        trust: what the guard multiplies the next step by before trying it.
+        norms: lengths (after clipping) of the last updates.
+        staleness: of the last updates.
+        calibrated_version: server version whose calibration loss is known (-1: none).
+        calibration_loss: that loss, in nats.
+        losses: calibration losses before the last flushes, as far as the guard looks back.
+        recall: what clients said last.
+    """
+
+    trust: float = 1.0
+    norms: tuple[float, ...] = ()
+    staleness: tuple[int, ...] = ()
+    calibrated_version: int = -1
+    calibration_loss: float = 0.0
+    losses: tuple[float, ...] = ()
+    recall: Recall = field(default_factory=Recall)
+
+
+def seen_staleness(state: AlignFedState, flush: Flush) -> tuple[int, ...]:
+    """Return the staleness of the last applied updates, those of the flush included."""
+    seen = (*state.staleness, *(entry.staleness for entry in flush.updates))
+    return seen[-REMEMBERED_STALENESS:]
