@@ -52,7 +52,12 @@ def left_behind(folder: Path) -> list[str]:
 
 
 def write_recipe(path: Path, *overrides: str) -> Path:
-    path.write_text(small_recipe(DEVICES, "training.steps=8", *overrides).to_toml())
+    """Write a recipe with steps small enough that last bits are not blown up into per cents."""
+    path.write_text(
+        small_recipe(
+            DEVICES, "training.steps=8", "training.learning_rate=5e-4", *overrides
+        ).to_toml()
+    )
     return path
 
 
