@@ -36,7 +36,7 @@ SMALL = (
 
 def small_recipe(*overrides: str) -> Recipe:
     """Return the built-in recipe, small enough to train in a moment."""
-    return default_recipe([*SMALL, *overrides])
+    return default_recipe([*SMALL, "training.cohort_size=1", *overrides])
 
 
 def initial_adapter(recipe: Recipe) -> Adapter:

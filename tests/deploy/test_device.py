@@ -52,7 +52,7 @@ def test_a_device_trains_to_the_bit_what_the_simulator_trains_for_its_client(
     start = simulated.base.initial_adapter()
     device.work(order_for(start, device.digest, 5, base_version=2, dispatch=3), outbox)
     claims, adapter = answer(outbox, 5, start)
-    (expected,) = simulated.trainer.train([TrainingJob(Task(5, 1, 2, 3), start)])
+    (expected,) = simulated.placed.trainer.train([TrainingJob(Task(5, 1, 2, 3), start)])
     assert adapter.checksum == expected.adapter.checksum
     assert claims.num_examples == expected.num_examples
     assert claims.metrics == expected.metrics

@@ -60,10 +60,13 @@ class UpResult:
 def recipe_for(recipe: Recipe, devices: int) -> Recipe:
     """Return a recipe cut to a number of devices, one client each and one task at a time.
 
+    A device trains its task alone, so the recipe says so too: then `alignfed simulate` of the same
+    recipe rounds as the devices do.
+
     Raises:
         RecipeError: it does not fit together then.
     """
-    changes = []
+    changes = ["training.cohort_size=1"]
     if recipe.data.partition.num_clients is not None:
         changes.append(f"data.partition.num_clients={devices}")
     if recipe.server.concurrency > devices:
