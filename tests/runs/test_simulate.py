@@ -69,7 +69,16 @@ def test_the_journal_accounts_for_every_upload(finished):
         uploads = list(reader.uploads())
         assert [upload.outcome for upload in uploads] == ["applied"] * 16
         assert all(upload.weight is not None and upload.staleness >= 0 for upload in uploads)
-        assert list(reader.cohorts()) == []  # each task was computed alone
+        computed = [task_id for cohort in reader.cohorts() for task_id in cohort]
+    assert {upload.task_id for upload in uploads} <= set(computed)
+    assert len(computed) == len(set(computed))
+
+
+def test_tasks_that_are_computed_alone_leave_no_cohorts(tmp_path):
+    alone = [*SMALL, "stop.uploads=4", "training.cohort_size=1"]
+    run = alignfed.simulate(None, tmp_path / "alone", overrides=alone)
+    with RunReader(run.directory) as reader:
+        assert list(reader.cohorts()) == []
 
 
 def test_the_adapter_gives_the_runs_loss_in_plain_peft(finished):
