@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from alignfed.cli import studies
+from alignfed.cli.choosing import RecipeArgument, SetOption, chosen_recipe, new_directory
 from alignfed.cli.deploy import deploy_app
 from alignfed.cli.refusal import INTERRUPTED, debugging, refusing
 from alignfed.cli.replay import replay
@@ -25,20 +26,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-RecipeOption = Annotated[
-    Path | None,
-    typer.Argument(metavar="RECIPE.toml", help="The recipe; the built-in one if none is given."),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Replace one key of the recipe, as in [b]lora.rank=4[/b]; "
-        "[b]KEY=unset[/b] removes it. May be given again and again.",
-    ),
-]
 
 
 def main() -> None:
@@ -79,7 +66,7 @@ def _root(
 )
 @refusing
 def simulate(
-    recipe: RecipeOption = None,
+    recipe: RecipeArgument = None,
     overrides: SetOption = None,
     out: Annotated[
         Path | None,
@@ -100,12 +87,9 @@ def simulate(
     """Run a federated fine-tuning on a virtual clock, and keep recipe, journal and adapter."""
     from alignfed.prestart import start_server_if_likely
 
-    changes = overrides or []
-    start_server_if_likely(recipe, changes)
-    from alignfed.config import default_recipe, load_recipe
-
-    loaded = load_recipe(recipe, changes) if recipe is not None else default_recipe(changes)
-    directory = out if out is not None else _new_directory(loaded.name)
+    start_server_if_likely(recipe, overrides or [])
+    loaded = chosen_recipe(recipe, overrides)
+    directory = out if out is not None else new_directory(loaded.name)
     from alignfed import api
 
     _watch(
@@ -217,14 +201,12 @@ def init(
 
 @app.command(epilog="Example: [b]alignfed plan recipes/llama3-8b.toml[/b]")
 @refusing
-def plan(recipe: RecipeOption = None, overrides: SetOption = None) -> None:
+def plan(recipe: RecipeArgument = None, overrides: SetOption = None) -> None:
     """Count bytes and FLOPs of a recipe on each kind of device. Downloads and loads nothing."""
     from alignfed.cli.listings import print_plan
-    from alignfed.config import default_recipe, load_recipe
     from alignfed.planning import make_plan
 
-    changes = overrides or []
-    loaded = load_recipe(recipe, changes) if recipe is not None else default_recipe(changes)
+    loaded = chosen_recipe(recipe, overrides)
     print_plan(_console(), make_plan(loaded))
 
 
@@ -257,12 +239,3 @@ def _watch(directory: Path, run: Callable[[ProgressView], object]) -> None:
         raise typer.Exit(INTERRUPTED) from None
     finally:
         view.close()
-
-
-def _new_directory(name: str) -> Path:
-    """Return the first of ``runs/name``, ``runs/name-2``, ... that does not exist."""
-    number, directory = 1, Path("runs") / name
-    while directory.exists():
-        number += 1
-        directory = Path("runs") / f"{name}-{number}"
-    return directory

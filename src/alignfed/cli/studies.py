@@ -11,24 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from alignfed.cli.choosing import RecipeArgument, SetOption, chosen_recipe
 from alignfed.cli.refusal import INTERRUPTED, refusing
 from alignfed.errors import AlignFedError
 
 if TYPE_CHECKING:
     from alignfed.study.running import StudyView
 
-Recipe = Annotated[
-    Path | None,
-    typer.Argument(metavar="RECIPE.toml", help="The recipe; the built-in one if none is given."),
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Replace one key of the recipe, as in [b]compare.target_score=0.8[/b].",
-    ),
-]
 Seeds = Annotated[
     str | None,
     typer.Option(
@@ -53,7 +42,7 @@ Jobs = Annotated[
 
 @refusing
 def compare(
-    recipe: Recipe = None,
+    recipe: RecipeArgument = None,
     strategies: Annotated[
         str | None,
         typer.Option(
@@ -66,7 +55,7 @@ def compare(
     seeds: Seeds = None,
     out: Out = None,
     jobs: Jobs = None,
-    overrides: Set = None,
+    overrides: SetOption = None,
 ) -> None:
     """Compare rules: same devices, same client work, every baseline's server step tuned alike.
 
@@ -74,11 +63,9 @@ def compare(
     anything runs. Steps are chosen on a seed that is not reported. Writes comparison.json,
     comparison.md and curves; the same command again goes on after an interruption.
     """
-    from alignfed.config import default_recipe, load_recipe
     from alignfed.study.comparison import compare as run
 
-    changes = overrides or []
-    loaded = load_recipe(recipe, changes) if recipe is not None else default_recipe(changes)
+    loaded = chosen_recipe(recipe, overrides)
     names, numbers = _names(strategies), _numbers(seeds)
     place = out if out is not None else Path("studies") / f"{loaded.name}-compare"
     _watch(
@@ -89,11 +76,11 @@ def compare(
 
 @refusing
 def ablate(
-    recipe: Recipe = None,
+    recipe: RecipeArgument = None,
     seeds: Seeds = None,
     out: Out = None,
     jobs: Jobs = None,
-    overrides: Set = None,
+    overrides: SetOption = None,
 ) -> None:
     """Run AlignFed with each module off in turn, at three staleness levels and two skews.
 
@@ -101,11 +88,9 @@ def ablate(
     shares. Writes ablation.json and ablation.md; the same command again goes on after an
     interruption.
     """
-    from alignfed.config import default_recipe, load_recipe
     from alignfed.study.ablation import ablate as run
 
-    changes = overrides or []
-    loaded = load_recipe(recipe, changes) if recipe is not None else default_recipe(changes)
+    loaded = chosen_recipe(recipe, overrides)
     numbers = _numbers(seeds)
     place = out if out is not None else Path("studies") / f"{loaded.name}-ablate"
     _watch(place, lambda view: run(loaded, place, seeds=numbers, jobs=jobs, view=view))

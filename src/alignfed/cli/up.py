@@ -9,17 +9,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from alignfed.cli.choosing import RecipeArgument, SetOption, chosen_recipe, new_directory
 from alignfed.cli.refusal import INTERRUPTED, refusing, require_deploy_extra
 
 
 @refusing
 def up(
-    recipe: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="RECIPE.toml", help="The recipe; the built-in one if none is given."
-        ),
-    ] = None,
+    recipe: RecipeArgument = None,
     devices: Annotated[
         int,
         typer.Option(
@@ -47,14 +43,7 @@ def up(
             "unless you ask for it.",
         ),
     ] = "fp32",
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Replace one key of the recipe, as in [b]stop.uploads=32[/b].",
-        ),
-    ] = None,
+    overrides: SetOption = None,
 ) -> None:
     """Run a whole federation on this machine as real processes, with TLS and node keys.
 
@@ -65,14 +54,12 @@ def up(
     """
     require_deploy_extra()
     from alignfed.cli.view import RunView, UnheardConsole
-    from alignfed.config import default_recipe, load_recipe
     from alignfed.deploy.supervisor import stop_on_signals
     from alignfed.deploy.up import recipe_for, run_up
 
-    changes = overrides or []
-    loaded = load_recipe(recipe, changes) if recipe is not None else default_recipe(changes)
+    loaded = chosen_recipe(recipe, overrides)
     fitted = recipe_for(loaded, devices)
-    directory = out if out is not None else _new_directory(loaded.name)
+    directory = out if out is not None else new_directory(f"{loaded.name}-up")
     view = RunView(UnheardConsole())
     with stop_on_signals() as stop:
         try:
@@ -90,12 +77,3 @@ def up(
     loads = result.summary["model_loads"]
     words = ", ".join(f"{name} {number}" for name, number in loads.items())
     Console().print(f"model loads: {words}", highlight=False, soft_wrap=True)
-
-
-def _new_directory(name: str) -> Path:
-    """Return the first of ``runs/name-up``, ``runs/name-up-2``, ... that does not exist."""
-    number, directory = 1, Path("runs") / f"{name}-up"
-    while directory.exists():
-        number += 1
-        directory = Path("runs") / f"{name}-up-{number}"
-    return directory
