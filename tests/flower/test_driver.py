@@ -94,6 +94,41 @@ def test_what_arrives_after_the_end_is_refused_and_recorded(tmp_path: Path) -> N
     assert reasons(reader) == {"run_stopped": 2}
 
 
+@pytest.mark.parametrize("returns_after_s", [15.0, 500.0])
+def test_who_is_away_with_a_finished_task_when_the_run_ends_is_waited_for_and_recorded(
+    tmp_path: Path, returns_after_s: float
+) -> None:
+    settings = DriverSettings(start_clients=2, closing_s=30.0)
+    server = serve(
+        tmp_path, 2, make_coordinator(uploads=4, concurrency=2, buffer_size=4), settings=settings
+    )
+
+    def undeliverable(device: FakeDevice, order: Order) -> object:
+        FakeDevice.honest(device, order)
+        return Error(code=5, reason="node gone")
+
+    away = server.devices[100]
+    away.answer = undeliverable  # type: ignore[assignment]
+
+    def come_back() -> None:
+        away.answer = None
+        server.grid.online.add(100)
+
+    server.clock.at.append((1002.0, lambda: server.grid.online.discard(100)))
+    server.run_for(30.0)
+    assert server.driver.state.stopped is not None
+    (finished,) = away.outbox
+    server.clock.at.append((server.clock.now_s + returns_after_s, come_back))
+    with server.run() as reader:
+        fate = {one.task_id: one.reason for one in reader.uploads()}
+        given_up = {row.task_id: row.body["reason"] for row in reader.rows(name="TaskFailed")}
+    if returns_after_s < settings.closing_s:
+        assert fate[finished] == "run_stopped" and not away.outbox
+        assert finished not in given_up
+    else:
+        assert "the run ended, and its device had been away" in given_up[finished]
+
+
 def test_late_devices_get_no_message_while_they_are_offline(tmp_path: Path) -> None:
     server = serve(
         tmp_path, 3, make_coordinator(uploads=9, concurrency=3), settings=DriverSettings()

@@ -317,9 +317,23 @@ class Driver:
             return False
         if math.isinf(self._closing_until_s):
             self._closing_until_s = now_s + self.parts.settings.closing_s
-        closed = self._orders.close(now_s) or now_s >= self._closing_until_s
+        closed = self._orders.close(self.state, now_s) or now_s >= self._closing_until_s
         scored = self._scoring is None or not self._scoring.pending
-        return closed and scored and not self._to_score
+        over = closed and scored and not self._to_score
+        if over:
+            self._give_up(now_s)
+        return over
+
+    def _give_up(self, now_s: float) -> None:
+        """Record what has become of the tasks nobody will answer any more."""
+        for task in list(self.state.tasks.values()):
+            away_s = self._roster.away_s(task.client_id, now_s)
+            where = (
+                f"its device had been away for {away_s:.0f} s" if away_s else "it was unfinished"
+            )
+            words = f"the run ended, and {where}"
+            self._take(TaskFailed(now_s, task.task_id, task.client_id, words))
+        self._sync()
 
     def _update_status(self, now_s: float) -> None:
         status, state = self.status, self.state

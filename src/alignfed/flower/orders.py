@@ -122,8 +122,11 @@ class Orders:
                 self._push(client_id, None, self._around.dialect.collect(safe), now_s)
         return failed
 
-    def close(self, now_s: float) -> bool:
-        """Tell everybody that the run is over; return whether all have answered."""
+    def close(self, state: CoordinatorState, now_s: float) -> bool:
+        """Tell everybody that the run is over; return whether all have answered.
+
+        Whoever went away with a task may have finished it, and has not answered.
+        """
         around = self._around
         if not around.dialect.keeps_uploads:
             return True
@@ -136,7 +139,10 @@ class Orders:
                     self._told_to_stop.add(client_id)
                     self._owing.discard(client_id)
         here = set(around.roster.nodes)
-        return not around.post.under_way and self._told_to_stop >= here and not self._owing & here
+        awaited = here | {task.client_id for task in state.tasks.values()}
+        return (
+            not around.post.under_way and self._told_to_stop >= awaited and not self._owing & here
+        )
 
     def _send_task(self, task: Task, state: CoordinatorState, now_s: float) -> bool:
         around = self._around
