@@ -112,7 +112,7 @@ def ours_train(options: argparse.Namespace) -> dict[str, float]:
     else:
         size = 1 if options.trainer == "local" else 8
         training = ALONE | {"threads": options.threads, "cohort_size": size}
-    simulation = default_simulation(options.tasks, training=training)
+    simulation = default_simulation(options.tasks, "fedbuff", training)
     if options.warm:
         # Workers' ids come when they have loaded the base.
         getattr(simulation.parts.trainer, "process_ids", list)()
@@ -124,17 +124,64 @@ def ours_train(options: argparse.Namespace) -> dict[str, float]:
 # --- Flower -----------------------------------------------------------------------------------
 
 
+class PlainTrainer:
+    """Fine-tuning as one would write it with PEFT and torch, on the batches of our trainer."""
+
+    def __init__(self, local: Any) -> None:
+        """Take a ``LocalTrainer``'s PEFT model, its clients' batches and its settings.
+
+        Raises:
+            ValueError: settings that a plain loop does not know.
+        """
+        self._data, self._base, self._settings = local.data, local.base, local.settings
+        known = replace(self._settings, warmup_steps=0, decay="none", fedprox_mu=0.0)
+        if replace(known, representation_penalty=0.0) != self._settings:
+            raise ValueError("the plain loop trains with a constant rate and no penalties")
+        self._model = local.base.peft_model
+        self._parameters = [one for one in self._model.parameters() if one.requires_grad]
+
+    def train(self, jobs: Sequence[Any]) -> list[Any]:
+        return [self._train_one(job) for job in jobs]
+
+    def _train_one(self, job: Any) -> Any:
+        import torch
+
+        from alignfed.core.ports import TrainingResult
+
+        settings = self._settings
+        self._base.install(job.adapter)
+        optimiser = torch.optim.AdamW(
+            self._parameters,
+            lr=settings.learning_rate,
+            betas=(settings.beta1, settings.beta2),
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        plan = self._data.plan(job.task.client_id, job.task.dispatch)
+        for batch in self._data.batches(job.task.client_id, plan):
+            labels = torch.full_like(batch.input_ids, -100)
+            labels.view(-1)[batch.positions + 1] = batch.targets
+            optimiser.zero_grad(set_to_none=True)
+            self._model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels
+            ).loss.backward()
+            torch.nn.utils.clip_grad_norm_(self._parameters, settings.max_grad_norm)
+            optimiser.step()
+        return TrainingResult(self._base.read(like=job.adapter.layout), plan.num_examples)
+
+
 @cache
-def actors_trainer() -> tuple[Any, Any]:
+def actors_trainer(plain: bool) -> tuple[Any, Any]:
     """Return the trainer this process keeps, and the layout of what it trains."""
     import torch
 
     torch.set_num_threads(1)
     simulation = default_simulation(1, training=ALONE)
-    return simulation.parts.trainer, simulation.initial_adapter.layout
+    local = simulation.parts.trainer
+    return PlainTrainer(local) if plain else local, simulation.initial_adapter.layout
 
 
-def trained(values: Any, client: int, dispatch: int) -> Any:
+def trained(values: Any, client: int, dispatch: int, plain: bool) -> Any:
     """Train one task from an adapter's flat values, and return the trained ones."""
     import torch
 
@@ -142,13 +189,14 @@ def trained(values: Any, client: int, dispatch: int) -> Any:
     from alignfed.core.ports import TrainingJob
     from alignfed.core.update import Task
 
-    trainer, layout = actors_trainer()
+    trainer, layout = actors_trainer(plain)
     start = Adapter(layout, {torch.float32: torch.from_numpy(values.copy())})
     (result,) = trainer.train([TrainingJob(Task(0, client, 0, dispatch), start)])
     return result.adapter.buffers[torch.float32].numpy()
 
 
-def client_app(train: bool) -> Any:
+def client_app(trainer: str | None) -> Any:
+    """Return Flower's client: it trains with the ``plain`` or ``local`` trainer, or not at all."""
     from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
     from flwr.clientapp import ClientApp
 
@@ -159,9 +207,10 @@ def client_app(train: bool) -> Any:
         import flower_sides  # by name, so that what the actor keeps outlives the task
 
         arrays, task = message.content["adapter"], message.content["task"]
-        if train:
+        if trainer is not None:
             (values,) = arrays.to_numpy_ndarrays()
-            arrays = ArrayRecord([flower_sides.trained(values, task["client"], task["dispatch"])])
+            pair, plain = (task["client"], task["dispatch"]), trainer == "plain"
+            arrays = ArrayRecord([flower_sides.trained(values, *pair, plain)])
         content = {"adapter": arrays, "task": ConfigRecord({"process": os.getpid()})}
         return Message(RecordDict(content), reply_to=message)
 
@@ -257,7 +306,7 @@ def flower_noop(options: argparse.Namespace) -> dict[str, float]:
         collector.collect((node, 0) for node in range(2 * options.nodes))
         return collector.timed([(task, 0) for task in range(options.tasks)])
 
-    return through_flower(client_app(train=False), options.nodes, values, serve)
+    return through_flower(client_app(None), options.nodes, values, serve)
 
 
 def flower_train(options: argparse.Namespace) -> dict[str, float]:
@@ -275,7 +324,7 @@ def flower_train(options: argparse.Namespace) -> dict[str, float]:
             done += cores()
         return collector.timed(pairs[done:])
 
-    return through_flower(client_app(train=True), options.nodes, values, serve)
+    return through_flower(client_app(options.flower_trainer), options.nodes, values, serve)
 
 
 SIDES: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {

@@ -2,22 +2,31 @@
 
     python benchmarks/overhead.py [--repeats 5] [--set key=value]...
 
-The built-in default runs as `alignfed simulate` runs it, journal and checkpoints on disk, with a
-stopwatch around the trainer, the evaluation of versions and the calibration set. What counts is
-the time from the first dispatch to the last flush; calibration and alignment are overhead.
+The built-in default runs as `alignfed simulate` runs it: journal and checkpoints on disk, training
+in worker processes beside the run. What counts is the time from the first dispatch to the last
+flush; calibration and alignment are overhead.
+
+Where training goes on beside the run, elapsed time does not add up, processor time does. So
+`share_outside_training` is the overhead's share of the processor seconds that the run and its
+workers used: all of the run's own process but for training and evaluation done in it, over all.
+Workers have loaded the base before the count begins. Beside it stands `share_of_elapsed`: of the
+seconds on the wall, those in which nobody trained and nothing was evaluated.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
 import torch
 from measure import publish, spread
 
@@ -34,22 +43,95 @@ from alignfed.core.ports import (
     TrainingResult,
 )
 from alignfed.core.update import Task
+from alignfed.training.worker_pool import PoolTrainer, Share
+
+IDLE_S = 0.01
+"""Processor seconds in half a second below which a process counts as idle."""
+
+
+def children_s() -> float:
+    """Return the processor seconds of all processes below this one."""
+    total = 0.0
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            total += sum(child.cpu_times()[:2])
+    return total
+
+
+def settle() -> None:
+    """Wait until the processes below this one have nothing to do."""
+    used_s = -1.0
+    while (now_s := children_s()) - used_s > IDLE_S:
+        used_s = now_s
+        time.sleep(0.5)
 
 
 @dataclass
 class Stopwatch:
-    """Seconds by what they were spent on, between the first dispatch and the last flush."""
+    """Seconds by what they were spent on, between the first dispatch and the last flush.
 
-    begun_s: float = 0.0
-    flushed_s: float = 0.0
-    spent_s: dict[str, float] = field(default_factory=dict)
+    Attributes:
+        begun: elapsed, own processor and workers' processor seconds at the first dispatch.
+        flushed: the same at the last flush.
+        evaluated_s: elapsed and processor seconds of evaluations before it.
+        trained_s: ``training_s`` at the last flush.
+        elapsed_s: by name, on the wall.
+        used_s: by name, of this process's processor time.
+        calls: by name.
+        under_way: training passes given to workers and not finished.
+        training_s: elapsed seconds in which at least one pass was under way.
+    """
+
+    begun: tuple[float, float, float] | None = None
+    flushed: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    evaluated_s: tuple[float, float] = (0.0, 0.0)
+    trained_s: float = 0.0
+    elapsed_s: dict[str, float] = field(default_factory=dict)
+    used_s: dict[str, float] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
+    under_way: int = 0
+    training_s: float = 0.0
+    _since_s: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, name: str, begun_s: float) -> None:
-        if not self.begun_s:  # version 0 is scored before the first dispatch
+    def begin(self) -> None:
+        """Note the first dispatch."""
+        if self.begun is None:
+            settle()
+            self.begun = now()
+
+    def flush(self) -> None:
+        """Note where things stand at a flush."""
+        self.passes(0)
+        self.flushed, self.trained_s = now(), self.training_s
+        self.evaluated_s = self.elapsed_s.get("evaluation", 0.0), self.used_s.get("evaluation", 0.0)
+
+    @contextlib.contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        """Count what happens within, once the first dispatch is over."""
+        elapsed_s, used_s = time.perf_counter(), time.process_time()
+        yield
+        if self.begun is None:  # version 0 is scored before the first dispatch
             return
-        self.spent_s[name] = self.spent_s.get(name, 0.0) + time.perf_counter() - begun_s
+        for into, spent_s in (
+            (self.elapsed_s, time.perf_counter() - elapsed_s),
+            (self.used_s, time.process_time() - used_s),
+        ):
+            into[name] = into.get(name, 0.0) + spent_s
         self.calls[name] = self.calls.get(name, 0) + 1
+
+    def passes(self, more: int) -> None:
+        """Note that a pass begins (1) or ends (-1); workers' threads call it too."""
+        with self._lock:
+            at_s = time.perf_counter()
+            if self.under_way:
+                self.training_s += at_s - self._since_s
+            self.under_way += more
+            self._since_s = at_s
+
+
+def now() -> tuple[float, float, float]:
+    return time.perf_counter(), time.process_time(), children_s()
 
 
 @dataclass(frozen=True)
@@ -58,14 +140,34 @@ class TimedTrainer:
     watch: Stopwatch
 
     def work(self, task: Task) -> TaskWork:
-        self.watch.begun_s = self.watch.begun_s or time.perf_counter()
+        self.watch.begin()
         return self.trainer.work(task)
 
     def train(self, jobs: Sequence[TrainingJob]) -> Sequence[TrainingResult]:
-        begun_s = time.perf_counter()
-        found = self.trainer.train(jobs)
-        self.watch.add("training", begun_s)
+        self.watch.passes(1)
+        with self.watch.timing("training"):
+            found = self.trainer.train(jobs)
+        self.watch.passes(-1)
         return found
+
+
+@dataclass(frozen=True)
+class TimedPool(TimedTrainer):
+    """The same for workers, with all that an engine asks of them."""
+
+    trainer: PoolTrainer
+
+    def submit(self, jobs: Sequence[TrainingJob]) -> Share:
+        self.watch.passes(1)
+        share = self.trainer.submit(jobs)
+        share.future.add_done_callback(lambda _: self.watch.passes(-1))
+        return share
+
+    def take_notes(self) -> tuple[str, ...]:
+        return self.trainer.take_notes()
+
+    def close(self) -> None:
+        self.trainer.close()
 
 
 @dataclass(frozen=True)
@@ -78,22 +180,16 @@ class TimedCalibrator:
         return self.calibrator.tokens
 
     def loss(self, adapter: Adapter) -> float:
-        begun_s = time.perf_counter()
-        found = self.calibrator.loss(adapter)
-        self.watch.add("calibration", begun_s)
-        return found
+        with self.watch.timing("calibration"):
+            return self.calibrator.loss(adapter)
 
     def inputs(self, adapter: Adapter) -> Mapping[str, torch.Tensor]:
-        begun_s = time.perf_counter()
-        found = self.calibrator.inputs(adapter)
-        self.watch.add("calibration", begun_s)
-        return found
+        with self.watch.timing("calibration"):
+            return self.calibrator.inputs(adapter)
 
     def features(self, adapter: Adapter) -> torch.Tensor:
-        begun_s = time.perf_counter()
-        found = self.calibrator.features(adapter)
-        self.watch.add("calibration", begun_s)
-        return found
+        with self.watch.timing("calibration"):
+            return self.calibrator.features(adapter)
 
 
 def timed(simulation: Simulation, watch: Stopwatch) -> Simulation:
@@ -104,18 +200,18 @@ def timed(simulation: Simulation, watch: Stopwatch) -> Simulation:
 
     def timed_evaluate(adapter: Adapter) -> Evaluation:
         # A run ends with an evaluation of what its last flush made.
-        watch.flushed_s = begun_s = time.perf_counter()
-        found = evaluate(adapter)
-        watch.add("evaluation", begun_s)
-        watch.spent_s["last evaluation"] = time.perf_counter() - begun_s
-        return found
+        watch.flush()
+        with watch.timing("evaluation"):
+            return evaluate(adapter)
 
     if calibrator is not None:
         parts = replace(
             parts,
             coordinator=replace(parts.coordinator, calibrator=TimedCalibrator(calibrator, watch)),
         )
-    parts = replace(parts, trainer=TimedTrainer(parts.trainer, watch), evaluate=timed_evaluate)
+    pooled = isinstance(parts.trainer, PoolTrainer)
+    trainer = (TimedPool if pooled else TimedTrainer)(parts.trainer, watch)
+    parts = replace(parts, trainer=trainer, evaluate=timed_evaluate)
     return replace(simulation, parts=parts)
 
 
@@ -128,18 +224,22 @@ def run(overrides: Sequence[str]) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as directory:
         result = api.simulate(None, Path(directory) / "run", overrides=overrides, build=build)
-    whole_s = watch.flushed_s - watch.begun_s
-    evaluation_s = watch.spent_s["evaluation"] - watch.spent_s["last evaluation"]
-    training_s = watch.spent_s["training"]
-    calibration_s = watch.spent_s.get("calibration", 0.0)
-    outside_s = whole_s - training_s - evaluation_s
+    assert watch.begun is not None
+    whole_s, own_s, workers_s = (
+        end - begin for end, begin in zip(watch.flushed, watch.begun, strict=True)
+    )
+    evaluation_s, evaluation_used_s = watch.evaluated_s
+    training_used_s = watch.used_s.get("training", 0.0)
+    overhead_s = own_s - training_used_s - evaluation_used_s
+    calibration_s = watch.used_s.get("calibration", 0.0)
     return {
-        "share_outside_training": outside_s / whole_s,
-        "whole_s": whole_s,
-        "training_s": training_s,
-        "evaluation_s": evaluation_s,
+        "share_outside_training": overhead_s / (own_s + workers_s),
+        "share_of_elapsed": (whole_s - watch.trained_s - evaluation_s) / whole_s,
+        "elapsed_s": whole_s,
+        "training_s": workers_s + training_used_s,
+        "evaluation_s": evaluation_used_s,
         "calibration_s": calibration_s,
-        "rest_s": outside_s - calibration_s,
+        "rest_s": overhead_s - calibration_s,
         "calls": dict(watch.calls),
         "uploads": result.summary["uploads"],
         "server_version": result.summary["server_version"],
@@ -161,6 +261,7 @@ def main() -> None:
         {
             "share_outside_training": median(r["share_outside_training"] for r in runs),
             "share_outside_training_spread": spread([r["share_outside_training"] for r in runs]),
+            "share_of_elapsed": spread([r["share_of_elapsed"] for r in runs]),
             **{name: spread([r[name] for r in runs]) for name in seconds},
             "calls": runs[0]["calls"],
             "uploads": runs[0]["uploads"],

@@ -15,13 +15,15 @@ serves it best, ours the recipe's 8 tasks in flight and a longer run, to be time
 here.
 
 **Training.** ``ratio_vs_flower``: the tasks of the default recipe, the ones its fleet and clock
-hand out, with its local steps. Flower's clients run this project's own ``LocalTrainer``, kept in
-each actor from task to task, so that the base is loaded once an actor and not once a task; one
-actor and one thread a core; its server only collects. Ours is the run itself, placed as `alignfed
-simulate` places it (workers and cohorts of the recipe), every task judged and aggregated by the
-recipe's rule; neither side evaluates. Timed is the whole process: imports, start of the engine,
-loading of model and data. ``ratio_vs_flower_warm`` leaves all of that out on both sides: it begins
-when everything is loaded, in a run of its own on our side.
+hand out, with its local steps. Flower's clients train with a plain, well-written PEFT loop, model
+and batches kept in each actor from task to task, so that the base is loaded once an actor and not
+once a task; one actor and one thread a core; its server only collects. Ours is the run itself,
+placed as `alignfed simulate` places it (workers and cohorts of the recipe), every task judged and
+aggregated by FedBuff; neither side evaluates. Timed is the whole process: imports, start of the
+engine, loading of model and data. ``ratio_vs_flower_warm`` leaves all of that out on both sides: it
+begins when everything is loaded, in a run of its own on our side. The same two with ``_local`` at
+the end: Flower's clients have this project's own ``LocalTrainer`` instead of the plain loop, so
+that what is left of the difference is the engine and the cohorts.
 
 Memory is of a side's whole tree of processes at its highest: ``rss`` counts a shared page in every
 process that maps it, ``pss`` divides it among them.
@@ -152,15 +154,17 @@ def figures(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
         ("ratio_vs_flower_noop", "ours_noop", "flower_noop"),
         ("ratio_vs_flower_noop_adapter", "ours_noop_adapter", "flower_noop_adapter"),
         ("ratio_vs_flower_warm", "ours_warm_train", "flower_train"),
+        ("ratio_vs_flower_warm_local", "ours_warm_train", "flower_train_local"),
     ):
         if ours_key in found:
             ratios[name] = rate(ours_key) / rate(theirs_key)
-    if "ours_train" in found:
-        ours, theirs = (
-            median(one["wall_s"] for one in found[side][1:])
-            for side in ("ours_train", "flower_train")
-        )
-        ratios["ratio_vs_flower"] = theirs / ours
+    for end in ("", "_local"):
+        if "ours_train" in found:
+            ours, theirs = (
+                median(one["wall_s"] for one in found[side][1:])
+                for side in ("ours_train", f"flower_train{end}")
+            )
+            ratios[f"ratio_vs_flower{end}"] = theirs / ours
     for kind in ("noop", "train"):
         for memory in ("rss", "pss"):
             if f"ours_{kind}" in found:
@@ -204,7 +208,7 @@ def main() -> None:
         )
         ours = side_options(common, tasks=10 * options.noop_tasks)
         loaded = {"payload": start.size}
-        training = side_options(common, tasks=options.tasks, nodes=8)
+        training = side_options(common, tasks=options.tasks, nodes=8, flower_trainer="plain")
         sides = {
             "ours_noop": ("ours_noop", ours),
             "flower_noop": ("flower_noop", common),
@@ -213,6 +217,7 @@ def main() -> None:
             "ours_train": ("ours_train", training),
             "ours_warm_train": ("ours_train", side_options(training, warm=True)),
             "flower_train": ("flower_train", training),
+            "flower_train_local": ("flower_train", side_options(training, flower_trainer="local")),
         }
         if options.only is not None:
             sides = {key: side for key, side in sides.items() if options.only in key}
