@@ -59,8 +59,8 @@ class DriverSettings:
         start_clients: clients to wait for before the run starts.
         start_wait_s: the longest such wait, once one client is there.
         closing_s: how long, after the end, devices are given to hand in what they have finished;
-            longer than a minute, for which Flower takes a dead SuperNode for alive and refuses
-            the one that is started in its place.
+            longer than the 60 to 100 s for which Flower takes a dead SuperNode for alive and
+            refuses the one that is started in its place.
         checkpoint_s: seconds between checkpoints.
         patience: what is done about orders that get lost.
         pace: time-to-live and rates.
@@ -70,7 +70,7 @@ class DriverSettings:
     roll_call_s: float = 1.0
     start_clients: int = 1
     start_wait_s: float = 60.0
-    closing_s: float = 90.0
+    closing_s: float = 120.0
     checkpoint_s: float = 30.0
     patience: Patience = field(default_factory=Patience)
     pace: PaceSettings = field(default_factory=PaceSettings)
