@@ -21,6 +21,7 @@ from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpI
 
 from alignfed.deploy import pki
 from alignfed.deploy.registry import load_registry, update_registry
+from alignfed.deploy.up import free_ports
 from tests.faults.federation import Federation, until
 
 pytestmark = pytest.mark.slow
@@ -89,13 +90,13 @@ def test_only_the_proxy_listens_where_devices_are(federation):
     assert {ip for ip, _ in addresses} == {"127.0.0.1"}
 
 
-def arguments(federation, port_of=0, *, key, authority, server=None):
+def arguments(federation, *, key, authority):
     settings = federation.settings
     return (
-        "--superlink", server or f"127.0.0.1:{settings.port}",
+        "--superlink", f"127.0.0.1:{settings.port}",
         "--root-certificates", str(authority),
         "--auth-supernode-private-key", str(key),
-        "--port", str(settings.port + 1 + port_of),
+        "--port", str(free_ports(1)[0]),
     )  # fmt: skip
 
 
@@ -123,7 +124,7 @@ def test_without_tls_and_with_a_wrong_authority_nothing_is_exchanged(federation,
         "--superlink",
         f"127.0.0.1:{federation.settings.port}",
         "--port",
-        str(federation.settings.port + 1),
+        str(free_ports(1)[0]),
     )
     code, said = supernode(federation, *plain)
     assert code == 1
