@@ -4,9 +4,9 @@
 
 Runs `alignfed up` with the built-in corpus and no other end than the time, samples all of its
 processes every few seconds, and compares the last half of the time with the first: the median of
-memory (anonymous, shared pages divided among who shares them, where the system tells it: libraries'
-pages count for less the more other programs map them), of bytes on disk and of open file handles.
-Exit code 0 says that none grew by more than the limit. The samples are kept in OUT.jsonl, beside OUT.
+memory, of bytes on disk and of open file handles. Memory is anonymous pages, where the system tells
+them: pages of libraries would count for less the more other programs map them.
+Exit code 0 says that none grew by more than the limit. The samples stay in OUT.jsonl, beside OUT.
 
 The first tenth, at least two minutes, is left out: processes are still loading then. What must grow
 with the work is left out of the disk and reported apart: the journal's rows and metrics.jsonl. What
@@ -32,8 +32,8 @@ SAMPLE_EVERY_S = 5.0
 MEASURES = ("memory_bytes", "disk_bytes", "handles")
 KEPT = "checkpoints"
 LIMITS = {"kept_bytes": int(1.25 * 256_000_000), "log_bytes": 12 * 4 * 10 * 1024**2}
-"""What is kept for replays by default, and a quarter more for files that are written anew; four files
-of 10 MiB for each of a dozen processes."""
+"""What is kept for replays by default, and a quarter more for files that are written anew; of logs,
+four files of 10 MiB for each of a dozen processes."""
 
 GROWS = ("journal.sqlite", "journal.sqlite-wal", "metrics.jsonl")
 
