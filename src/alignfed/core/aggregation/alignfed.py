@@ -33,12 +33,15 @@ from alignfed.core.aggregation.alignfed_state import (
     AlignFedState,
     seen_staleness,
 )
+from alignfed.core.aggregation.carried_step import step_of
 from alignfed.core.aggregation.compared import (
     ComparedUpdates,
     carried,
     compare,
+    compare_sketches,
     gather,
-    step_of,
+    is_sketched,
+    sketch,
 )
 from alignfed.core.aggregation.recall import absent_pair, remember_flush
 from alignfed.core.aggregation.settings import check_settings, choice, number, switch, whole
@@ -98,6 +101,9 @@ class AlignFed:
     )
     agreement_space: str = choice(
         "auto", ("auto", "factor", "product"), "where angles are measured; auto: as the LoRA rule"
+    )
+    sketch_buckets: int = whole(
+        1 << 17, "numbers that an update of eight times as many is compared by; 0: all", low=0
     )
     deviation_keep: float = number(
         0.5, "share of a group's deviations from its mean that is kept", low=0, high=1
@@ -188,7 +194,11 @@ class AlignFed:
         calibrator: Calibrator | None,
     ) -> None:
         """Compare updates with each other as they arrive, some at a time."""
-        if gathered.is_due and self._compares_ahead(lora, calibrator):
+        if not self._compares_ahead(lora, calibrator):
+            return
+        if is_sketched(current, self.sketch_buckets):
+            sketch(gathered, current, self._ridge, self.sketch_buckets)
+        elif gathered.is_due:
             compare(gathered, current, self._ridge)
 
     def apply(
@@ -258,7 +268,11 @@ class AlignFed:
     def _apply_compared(
         self, state: AlignFedState, gathered: ComparedUpdates, flush: Flush
     ) -> tuple[AlignFedState, Step]:
-        compare(gathered, flush.adapter, self._ridge)
+        if is_sketched(flush.adapter, self.sketch_buckets):
+            sketch(gathered, flush.adapter, self._ridge, self.sketch_buckets)
+            compare_sketches(gathered)
+        else:
+            compare(gathered, flush.adapter, self._ridge)
         found = carried(gathered)
         plan = self._plan(state, flush, found.gram)
         sums, notes = step_of(gathered, plan.coefficients, found.shortened, flush.adapter)
