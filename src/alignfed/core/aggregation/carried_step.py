@@ -16,6 +16,13 @@ from alignfed.core.grouping import group_by_version
 PIECE = 1 << 18
 """Elements of the step that are summed at a time."""
 
+TOGETHER = 4
+"""Updates of a version that are averaged at a time, where they are sketched.
+
+A mean of adapters is rounded as their elements are, and not as their differences: by some units in
+the last place of what it is added to. It spares one pass in cache of the two for each update.
+"""
+
 
 def step_of(
     gathered: ComparedUpdates,
@@ -36,6 +43,7 @@ def step_of(
         current: the current version's adapter.
     """
     sizes = current.layout.sizes
+    together = TOGETHER if gathered.sketches else 1
     totals: list[Tensor] = []
     scratch: list[Tensor] = []
     without = aligned = 0.0
@@ -52,10 +60,10 @@ def step_of(
             totals = _zeros(current)
         base = gathered.pairs[positions[0]][1]
         if version not in gathered.maps:
-            _add_differences(totals, terms, base)
+            _add_differences(totals, terms, base, together)
             continue
         scratch = [part.zero_() for part in scratch] or _zeros(current)
-        _add_differences(scratch, terms, base)
+        _add_differences(scratch, terms, base, together)
         factors = {i: coefficients[i] * (1.0 - shortened[i]) for i in positions}
         _restore_dense(scratch, gathered, factors)
         maps = map_views(gathered.maps[version], current.layout)
@@ -73,22 +81,34 @@ def _zeros(current: Adapter) -> list[Tensor]:
     ]
 
 
-def _add_differences(totals: Sequence[Tensor], terms: Sequence[Term], base: Adapter) -> None:
-    """Add ``sum_j c_j (update_j - base)``, a piece of everything at a time, in cache."""
+def _add_differences(
+    totals: Sequence[Tensor], terms: Sequence[Term], base: Adapter, together: int
+) -> None:
+    """Add ``sum_j c_j (update_j - base)``, a piece of everything at a time, in cache.
+
+    So many updates as ``together`` says are averaged before the base is subtracted.
+    """
     for total, (dtype, old) in zip(totals, _in_order(base), strict=True):
         room = torch.empty(min(PIECE, total.numel()), dtype=torch.float32, device=total.device)
         updates = [(c, pieces(update.buffers[dtype], PIECE)) for c, update in terms]
+        several = together if dtype is torch.float32 else 1
+        groups = [updates[i : i + several] for i in range(0, len(updates), several)]
         for number, (part, before) in enumerate(
             zip(pieces(total, PIECE), pieces(old, PIECE), strict=True)
         ):
             delta = room[: part.numel()]
-            for coefficient, cut in updates:
-                # The difference first: what did not move, A under FFA-LoRA, adds an exact zero.
+            for (share, cut), *others in groups:
+                mean = cut[number]
+                for coefficient, more in others:
+                    share += coefficient
+                    weight = coefficient / share if share > 0 else 0.0
+                    mean = torch.lerp(mean, more[number], weight, out=delta)
+                # What did not move, A under FFA-LoRA, is its own mean, and adds an exact zero.
                 if dtype is torch.float32:
-                    torch.sub(cut[number], before, out=delta)
+                    torch.sub(mean, before, out=delta)
                 else:
-                    delta.copy_(cut[number]).sub_(before)
-                part.add_(delta, alpha=coefficient)
+                    delta.copy_(mean).sub_(before)
+                part.add_(delta, alpha=share)
 
 
 def _in_order(adapter: Adapter) -> list[tuple[torch.dtype, Tensor]]:

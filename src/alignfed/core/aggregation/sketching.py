@@ -69,9 +69,8 @@ class _Place:
         part: ``a``, ``b`` or ``dense``.
         dtype: whose flat buffer it lies in.
         shape: its shape.
-        elements: its place there.
-        halvings: signs of the second half, one tensor each: ``(columns,)`` for A, ``(rows, rank)``
-            for B.
+        size: its elements.
+        halvings: signs of the second half, one tensor each: of columns for A, of elements for B.
         stretches: of what is left.
     """
 
@@ -79,7 +78,7 @@ class _Place:
     part: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    elements: slice
+    size: int
     halvings: tuple[Tensor, ...]
     stretches: tuple[_Stretch, ...]
 
@@ -91,7 +90,7 @@ class Sketching:
     Attributes:
         layout: of the adapters.
         buckets: numbers in a sketch.
-        places: of all tensors.
+        places: of all tensors, in the layout's order.
     """
 
     layout: AdapterLayout
@@ -117,17 +116,27 @@ class Sketching:
         kinds = 1 + bool(self.layout.dense)
         # Stretches run past the last bucket; what lies beyond is added to the first ones at last.
         sums = torch.zeros(kinds, 2 * self.buckets, dtype=torch.float32)
-        for place in self.places:
-            values = adapter.buffers[place.dtype][place.elements].float()
-            if base is not None:
-                values = values - base.buffers[place.dtype][place.elements]
+        bases = (None,) * len(self.places) if base is None else self._tensors(base)
+        for place, values, before in zip(self.places, self._tensors(adapter), bases, strict=True):
+            if before is not None:
+                values = values - before
             if place.part != "dense":
-                values = _folded(values.view(place.shape), place, maps).view(-1)
+                values = _folded(values, place, maps)
             target = sums[int(place.part == "dense")]
             for part in place.stretches:
                 some = target[part.bucket : part.bucket + part.stop - part.start]
                 some.addcmul_(values[part.start : part.stop], part.signs)
         return sums[:, : self.buckets] + sums[:, self.buckets :]
+
+    def _tensors(self, adapter: Adapter) -> Iterator[Tensor]:
+        """Yield an adapter's tensors in order, flat, fp32."""
+        parts = {
+            dtype: iter(buffer.split([one.size for one in self.places if one.dtype is dtype]))
+            for dtype, buffer in adapter.buffers.items()
+        }
+        for place in self.places:
+            part = next(parts[place.dtype])
+            yield part if place.dtype is torch.float32 else part.float()
 
 
 @lru_cache(maxsize=4)
@@ -148,16 +157,16 @@ def sketching(layout: AdapterLayout, buckets: int, seed: int = 0) -> Sketching:
     width = max(1, buckets // max(1, count))
     signs = _signs(count * width + 2 * buckets, f"buckets {seed}")
     places, offset = [], 0
-    for (name, part, dtype, shape, begin), length in zip(layout.slices, lengths, strict=True):
+    for (name, part, dtype, shape, _), length in zip(layout.slices, lengths, strict=True):
         stretches = []
         for start in range(0, length, buckets):
             stop, bucket = min(start + buckets, length), next(drawn) % buckets
             first = offset + next(drawn) % width + bucket
             offset += width
             stretches.append(_Stretch(start, stop, bucket, signs[first : first + stop - start]))
-        elements = slice(begin, begin + math.prod(shape))
         halvings = tuple(halving.of(part, shape, drawn))
-        places.append(_Place(name, part, dtype, shape, elements, halvings, tuple(stretches)))
+        size = math.prod(shape)
+        places.append(_Place(name, part, dtype, shape, size, halvings, tuple(stretches)))
     return Sketching(layout, buckets, tuple(places))
 
 
@@ -175,16 +184,16 @@ def sketched_products(sketches: Sequence[Tensor]) -> Tensor:
     return found
 
 
-def _folded(factor: Tensor, place: _Place, maps: Mapping[str, RankMap]) -> Tensor:
-    """Return a factor halved along its long side, then carried by its module's map."""
-    side = 1 if place.part == "a" else 0
-    for signs in place.halvings:
-        kept, added = factor.chunk(2, side)
-        factor = torch.addcmul(kept, added, signs)
-    if not maps:
-        return factor
-    turn = maps[place.name]
-    return torch.mm(turn.left, factor) if side else torch.mm(factor, turn.right)
+def _folded(values: Tensor, place: _Place, maps: Mapping[str, RankMap]) -> Tensor:
+    """Return a factor, flat, halved along its long side and then carried by its module's map."""
+    if place.part == "a":
+        factor = values.view(place.shape)
+        for signs in place.halvings:
+            factor = torch.addcmul(*factor.chunk(2, 1), signs)
+        return (maps[place.name].left @ factor if maps else factor).flatten()
+    for signs in place.halvings:  # halves of rows are halves of the flat tensor
+        values = torch.addcmul(*values.chunk(2), signs)
+    return (values.view(-1, place.shape[1]) @ maps[place.name].right).flatten() if maps else values
 
 
 def _halvings(part: str, shape: tuple[int, ...]) -> int:
@@ -209,7 +218,7 @@ class _Halvings:
             _signs(longest // 2 + SPREAD, f"halving {level} {seed}") for level in range(levels)
         ]
         self._rows = {
-            rank: [signs[:, None].repeat(1, rank) for signs in self._columns]
+            rank: [signs.repeat_interleave(rank) for signs in self._columns]
             for rank in {shape[1] for part, shape in factors if part == "b"}
         }
 
@@ -220,7 +229,8 @@ class _Halvings:
             if part == "a":
                 yield self._columns[level][start : start + (shape[1] >> level + 1)]
             else:
-                yield self._rows[shape[1]][level][start : start + (shape[0] >> level + 1)]
+                rank, stop = shape[1], start + (shape[0] >> level + 1)
+                yield self._rows[rank][level][start * rank : stop * rank]
 
 
 def _signs(count: int, name: str) -> Tensor:
