@@ -132,10 +132,13 @@ def flush(
     """Return a flush at ``VERSION``, of updates as they come through this LoRA rule's wire."""
     if lora.name == "ffa":
         entries = [
-            replace(
-                one,
-                update=replace(one.update, adapter=_with_a_of(current, one.update.adapter)),
-                base=_with_a_of(current, one.base),
+            entry(
+                one.update.client_id,
+                _with_a_of(current, one.update.adapter),
+                _with_a_of(current, one.base),
+                staleness=one.staleness,
+                uploads=one.uploads,
+                num_examples=one.update.num_examples,
             )
             for one in entries
         ]

@@ -34,15 +34,7 @@ from alignfed.core.aggregation.alignfed_state import (
     seen_staleness,
 )
 from alignfed.core.aggregation.carried_step import step_of
-from alignfed.core.aggregation.compared import (
-    ComparedUpdates,
-    carried,
-    compare,
-    compare_sketches,
-    gather,
-    is_sketched,
-    sketch,
-)
+from alignfed.core.aggregation.compared import ComparedUpdates, compare_ahead, compare_all, gather
 from alignfed.core.aggregation.recall import absent_pair, remember_flush
 from alignfed.core.aggregation.settings import check_settings, choice, number, switch, whole
 from alignfed.core.aggregation.sizes import combining_bytes, comparing_bytes, require_updates
@@ -193,13 +185,9 @@ class AlignFed:
         lora: LoraRule,
         calibrator: Calibrator | None,
     ) -> None:
-        """Compare updates with each other as they arrive, some at a time."""
-        if not self._compares_ahead(lora, calibrator):
-            return
-        if is_sketched(current, self.sketch_buckets):
-            sketch(gathered, current, self._ridge, self.sketch_buckets)
-        elif gathered.is_due:
-            compare(gathered, current, self._ridge)
+        """Compare updates with each other as they arrive, or take their sketches."""
+        if self._compares_ahead(lora, calibrator):
+            compare_ahead(gathered, current, self._ridge, self.sketch_buckets)
 
     def apply(
         self, state: AlignFedState, gathered: ComparedUpdates | None, flush: Flush
@@ -268,12 +256,7 @@ class AlignFed:
     def _apply_compared(
         self, state: AlignFedState, gathered: ComparedUpdates, flush: Flush
     ) -> tuple[AlignFedState, Step]:
-        if is_sketched(flush.adapter, self.sketch_buckets):
-            sketch(gathered, flush.adapter, self._ridge, self.sketch_buckets)
-            compare_sketches(gathered)
-        else:
-            compare(gathered, flush.adapter, self._ridge)
-        found = carried(gathered)
+        found = compare_all(gathered, flush.adapter, self._ridge, self.sketch_buckets)
         plan = self._plan(state, flush, found.gram)
         sums, notes = step_of(gathered, plan.coefficients, found.shortened, flush.adapter)
 

@@ -8,7 +8,7 @@ sum, not once for an update; and the flush itself reads every update once, for t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -41,8 +41,8 @@ class ComparedUpdates:
         grams: inner products of the first k carried updates, fp64, shape ``(2, k, k)``: over LoRA
             factors, and over dense tensors. None while k is 0.
         maps: by stale base version, the rank-space maps of all modules in one flat tensor.
-        sketches: of the first carried updates, shape ``(2, buckets)`` each; empty where inner
-            products are exact.
+        sketches: of the first carried updates, as ``Sketching.sketch`` returns them; empty where
+            inner products are exact.
         origins: by base version, the sketch of the base, carried as its updates are.
     """
 
@@ -93,17 +93,45 @@ def gather(
     return gathered
 
 
-def compare(gathered: ComparedUpdates, current: Adapter, ridge: float | None) -> None:
-    """Compare the uploads that wait with each other and with all before them.
+def is_sketched(current: Adapter, buckets: int) -> bool:
+    """Return whether updates of an adapter are compared by sketches of so many buckets."""
+    return 0 < SKETCHED_FROM * buckets <= sum(current.layout.sizes.values())
+
+
+def compare_ahead(
+    gathered: ComparedUpdates, current: Adapter, ridge: float | None, buckets: int
+) -> None:
+    """Do what need not wait for the flush: see ``compare_all``."""
+    if is_sketched(current, buckets):
+        sketch(gathered, current, ridge, buckets)
+    elif gathered.is_due:
+        compare(gathered, current, ridge)
+
+
+def compare_all(
+    gathered: ComparedUpdates, current: Adapter, ridge: float | None, buckets: int
+) -> Carried:
+    """Return the inner products of all uploads, as far as they are not known yet.
 
     Args:
         gathered: changed in place.
         current: the current version's adapter.
         ridge: damping of the maps, relative; None carries nothing.
+        buckets: numbers in a sketch; small adapters are compared exactly, and all with 0.
 
     Raises:
         AdapterError: the layouts differ: factors of unequal rank cannot be compared.
     """
+    if is_sketched(current, buckets):
+        sketch(gathered, current, ridge, buckets)
+        compare_sketches(gathered)
+    else:
+        compare(gathered, current, ridge)
+    return carried(gathered)
+
+
+def compare(gathered: ComparedUpdates, current: Adapter, ridge: float | None) -> None:
+    """Compare the uploads that wait with each other and with all before them, exactly."""
     first, entries = gathered.compared, gathered.entries
     if first == len(entries):
         return
@@ -122,27 +150,13 @@ def compare(gathered: ComparedUpdates, current: Adapter, ridge: float | None) ->
     gathered.grams = grams
 
 
-def is_sketched(current: Adapter, buckets: int) -> bool:
-    """Return whether updates of an adapter are compared by their sketches."""
-    return 0 < SKETCHED_FROM * buckets <= sum(current.layout.sizes.values())
-
-
 def sketch(gathered: ComparedUpdates, current: Adapter, ridge: float | None, buckets: int) -> None:
     """Sketch the uploads that wait, each carried to the current version.
 
     A sketch is linear, so that an upload is read without its base, whose sketch is taken once for a
-    version. That costs digits: sums are of the size of the adapter, in fp32. It changes the
-    sketch of an update by ``1e-6 |base| / |update|`` of its length at most, or so, and updates for
-    which that would be seen are subtracted first.
-
-    Args:
-        gathered: changed in place.
-        current: the current version's adapter.
-        ridge: damping of the maps, relative; None carries nothing.
-        buckets: numbers in a sketch.
-
-    Raises:
-        AdapterError: the layouts differ: factors of unequal rank cannot be compared.
+    version. That costs digits: what is summed, in fp32, is as large as the adapter. The sketch of
+    an update is off by ``1e-6 |base| / |update|`` of its length or less; where that could be seen
+    the difference is taken first.
     """
     method = sketching(current.layout, buckets)
     for position in range(len(gathered.sketches), len(gathered.entries)):
@@ -163,18 +177,16 @@ def sketch(gathered: ComparedUpdates, current: Adapter, ridge: float | None, buc
 def compare_sketches(gathered: ComparedUpdates) -> None:
     """Take all inner products from sketches.
 
-    The length of an update that is not carried is known exactly, and its row and column are scaled
-    to it.
+    The length of an update that no map has changed is known exactly, and its row and column are
+    scaled to it.
     """
     grams = sketched_products(gathered.sketches)
-    squares = (grams[0] + grams[1]).diagonal()
-    exact = squares.new_tensor(
-        [
-            math.nan if entry.base_version in gathered.maps else entry.norm
-            for entry in gathered.entries
-        ]
-    )
-    scales = (exact / squares.sqrt()).nan_to_num(1.0, 1.0, 1.0)
+    found = (grams[0] + grams[1]).diagonal().sqrt()
+    exact = [
+        math.nan if entry.base_version in gathered.maps else entry.norm
+        for entry in gathered.entries
+    ]
+    scales = (found.new_tensor(exact) / found).nan_to_num(1.0, 1.0, 1.0)
     gathered.grams = grams * scales[:, None] * scales
 
 

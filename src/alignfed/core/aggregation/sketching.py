@@ -140,17 +140,22 @@ class Sketching:
 
 
 @lru_cache(maxsize=4)
-def sketching(layout: AdapterLayout, buckets: int, seed: int = 0) -> Sketching:
+def sketching(
+    layout: AdapterLayout, buckets: int, seed: int = 0, narrowest: int = NARROWEST
+) -> Sketching:
     """Return how adapters of a layout are sketched.
 
     Args:
         layout: the layout.
         buckets: numbers in a sketch, at least 1.
         seed: names the draw; sketches of different draws have nothing to do with each other.
+        narrowest: what no long side is halved below.
     """
     drawn = _numbers(seed)
-    halving = _Halvings(layout, seed)
-    lengths = [math.prod(shape) >> _halvings(part, shape) for _, part, _, shape, _ in layout.slices]
+    halvings = _Halvings(layout, narrowest, seed)
+    lengths = [
+        math.prod(shape) >> halvings.count(part, shape) for _, part, _, shape, _ in layout.slices
+    ]
     count = sum(math.ceil(length / buckets) for length in lengths)
     # Two stretches must not agree in the signs of all buckets: an element's sign is found at its
     # bucket's number plus an offset that only its stretch has, drawn from an interval of its own.
@@ -164,9 +169,10 @@ def sketching(layout: AdapterLayout, buckets: int, seed: int = 0) -> Sketching:
             first = offset + next(drawn) % width + bucket
             offset += width
             stretches.append(_Stretch(start, stop, bucket, signs[first : first + stop - start]))
-        halvings = tuple(halving.of(part, shape, drawn))
-        size = math.prod(shape)
-        places.append(_Place(name, part, dtype, shape, size, halvings, tuple(stretches)))
+        signs_of_halves = tuple(halvings.of(part, shape, drawn))
+        places.append(
+            _Place(name, part, dtype, shape, math.prod(shape), signs_of_halves, tuple(stretches))
+        )
     return Sketching(layout, buckets, tuple(places))
 
 
@@ -196,23 +202,14 @@ def _folded(values: Tensor, place: _Place, maps: Mapping[str, RankMap]) -> Tenso
     return (values.view(-1, place.shape[1]) @ maps[place.name].right).flatten() if maps else values
 
 
-def _halvings(part: str, shape: tuple[int, ...]) -> int:
-    """Return how often a tensor is halved: LoRA factors alone, along their long side."""
-    if part == "dense":
-        return 0
-    side, count = shape[1] if part == "a" else shape[0], 0
-    while side % 2 == 0 and side >= 2 * NARROWEST:
-        side, count = side // 2, count + 1
-    return count
-
-
 class _Halvings:
     """Signs for halvings, in vectors that all tensors share; each begins at a place of its own."""
 
-    def __init__(self, layout: AdapterLayout, seed: int) -> None:
+    def __init__(self, layout: AdapterLayout, narrowest: int, seed: int) -> None:
+        self._narrowest = narrowest
         factors = [(part, shape) for _, part, _, shape, _ in layout.slices if part != "dense"]
         longest = max((max(shape) for _, shape in factors), default=0)
-        levels = max((_halvings(part, shape) for part, shape in factors), default=0)
+        levels = max((self.count(part, shape) for part, shape in factors), default=0)
         # A level has its own signs: halvings of one factor must not repeat each other.
         self._columns = [
             _signs(longest // 2 + SPREAD, f"halving {level} {seed}") for level in range(levels)
@@ -222,9 +219,18 @@ class _Halvings:
             for rank in {shape[1] for part, shape in factors if part == "b"}
         }
 
+    def count(self, part: str, shape: tuple[int, ...]) -> int:
+        """Return how often a tensor is halved: LoRA factors alone, along their long side."""
+        if part == "dense":
+            return 0
+        side, count = shape[1] if part == "a" else shape[0], 0
+        while side % 2 == 0 and side >= 2 * self._narrowest:
+            side, count = side // 2, count + 1
+        return count
+
     def of(self, part: str, shape: tuple[int, ...], drawn: Iterator[int]) -> Iterator[Tensor]:
         """Yield the signs of a tensor's halvings."""
-        for level in range(_halvings(part, shape)):
+        for level in range(self.count(part, shape)):
             start = next(drawn) % SPREAD
             if part == "a":
                 yield self._columns[level][start : start + (shape[1] >> level + 1)]
