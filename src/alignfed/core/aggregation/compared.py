@@ -212,7 +212,7 @@ def carried(gathered: ComparedUpdates) -> Carried:
 def map_views(flat: Tensor, layout: AdapterLayout) -> dict[str, RankMap]:
     """Return one version's maps by module, as views; the layout names them in the same order."""
     ranks = [shape.rank for _, shape in layout.lora for _ in ("left", "right")]
-    sides = flat.split([rank**2 for rank in ranks])
+    sides = torch.split(flat, [rank**2 for rank in ranks])
     squares = iter([side.view(rank, rank) for side, rank in zip(sides, ranks, strict=True)])
     return {name: RankMap(next(squares), next(squares)) for name, _ in layout.lora}
 

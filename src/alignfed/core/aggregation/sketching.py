@@ -131,7 +131,7 @@ class Sketching:
     def _tensors(self, adapter: Adapter) -> Iterator[Tensor]:
         """Yield an adapter's tensors in order, flat, fp32."""
         parts = {
-            dtype: iter(buffer.split([one.size for one in self.places if one.dtype is dtype]))
+            dtype: iter(torch.split(buffer, [p.size for p in self.places if p.dtype is dtype]))
             for dtype, buffer in adapter.buffers.items()
         }
         for place in self.places:
@@ -195,10 +195,12 @@ def _folded(values: Tensor, place: _Place, maps: Mapping[str, RankMap]) -> Tenso
     if place.part == "a":
         factor = values.view(place.shape)
         for signs in place.halvings:
-            factor = torch.addcmul(*factor.chunk(2, 1), signs)
+            kept, added = factor.chunk(2, 1)
+            factor = torch.addcmul(kept, added, signs)
         return (maps[place.name].left @ factor if maps else factor).flatten()
     for signs in place.halvings:  # halves of rows are halves of the flat tensor
-        values = torch.addcmul(*values.chunk(2), signs)
+        kept, added = values.chunk(2)
+        values = torch.addcmul(kept, added, signs)
     return (values.view(-1, place.shape[1]) @ maps[place.name].right).flatten() if maps else values
 
 
