@@ -48,7 +48,7 @@ class _Stretch:
     """Elements that go to neighbouring buckets.
 
     Attributes:
-        start: the first, counted from the beginning of what is left of its tensor.
+        start: the first, counted from the beginning of what is left of its group.
         stop: after the last.
         bucket: that of the first; the others follow it, past the last bucket too.
         signs: +1 and -1.
@@ -62,24 +62,38 @@ class _Stretch:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """One tensor of every adapter, and where it goes.
+    """One tensor of every adapter, and how it is halved.
 
     Attributes:
         name: its module.
         part: ``a``, ``b`` or ``dense``.
         dtype: whose flat buffer it lies in.
         shape: its shape.
-        size: its elements.
         halvings: signs of the second half, one tensor each: of columns for A, of elements for B.
-        stretches: of what is left.
     """
 
     name: str
     part: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    size: int
     halvings: tuple[Tensor, ...]
+
+    @property
+    def left(self) -> int:
+        """Elements that are left of it."""
+        return math.prod(self.shape) >> len(self.halvings)
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Neighbouring tensors whose halves go to the buckets together.
+
+    Attributes:
+        places: of the tensors: LoRA factors or dense tensors, not both.
+        stretches: of what is left of all of them, end to end.
+    """
+
+    places: tuple[_Place, ...]
     stretches: tuple[_Stretch, ...]
 
 
@@ -90,12 +104,12 @@ class Sketching:
     Attributes:
         layout: of the adapters.
         buckets: numbers in a sketch.
-        places: of all tensors, in the layout's order.
+        groups: all tensors, in the layout's order.
     """
 
     layout: AdapterLayout
     buckets: int
-    places: tuple[_Place, ...]
+    groups: tuple[_Group, ...]
 
     def sketch(
         self, adapter: Adapter, maps: Mapping[str, RankMap], base: Adapter | None = None
@@ -116,27 +130,33 @@ class Sketching:
         kinds = 1 + bool(self.layout.dense)
         # Stretches run past the last bucket; what lies beyond is added to the first ones at last.
         sums = torch.zeros(kinds, 2 * self.buckets, dtype=torch.float32)
-        bases = (None,) * len(self.places) if base is None else self._tensors(base)
-        for place, values, before in zip(self.places, self._tensors(adapter), bases, strict=True):
-            if before is not None:
-                values = values - before
-            if place.part != "dense":
-                values = _folded(values, place, maps)
+        tensors, bases = self._tensors(adapter), None if base is None else self._tensors(base)
+        for group in self.groups:
+            left = []
+            for place in group.places:
+                values = next(tensors)
+                if bases is not None:
+                    values = values - next(bases)
+                left.append(_folded(values, place, maps))
+            together = torch.cat(left) if len(left) > 1 else left[0]
             target = sums[int(place.part == "dense")]
-            for part in place.stretches:
+            for part in group.stretches:
                 some = target[part.bucket : part.bucket + part.stop - part.start]
-                some.addcmul_(values[part.start : part.stop], part.signs)
+                some.addcmul_(together[part.start : part.stop], part.signs)
         return sums[:, : self.buckets] + sums[:, self.buckets :]
 
     def _tensors(self, adapter: Adapter) -> Iterator[Tensor]:
         """Yield an adapter's tensors in order, flat, fp32."""
+        slices = self.layout.slices
         parts = {
-            dtype: iter(torch.split(buffer, [p.size for p in self.places if p.dtype is dtype]))
+            dtype: iter(
+                torch.split(buffer, [math.prod(shape) for *_, d, shape, _ in slices if d is dtype])
+            )
             for dtype, buffer in adapter.buffers.items()
         }
-        for place in self.places:
-            part = next(parts[place.dtype])
-            yield part if place.dtype is torch.float32 else part.float()
+        for _, _, dtype, _, _ in slices:
+            part = next(parts[dtype])
+            yield part if dtype is torch.float32 else part.float()
 
 
 @lru_cache(maxsize=4)
@@ -153,27 +173,26 @@ def sketching(
     """
     drawn = _numbers(seed)
     halvings = _Halvings(layout, narrowest, seed)
-    lengths = [
-        math.prod(shape) >> halvings.count(part, shape) for _, part, _, shape, _ in layout.slices
+    places = [
+        _Place(name, part, dtype, shape, tuple(halvings.of(part, shape, drawn)))
+        for name, part, dtype, shape, _ in layout.slices
     ]
-    count = sum(math.ceil(length / buckets) for length in lengths)
+    groups = [(some, sum(place.left for place in some)) for some in _neighbours(places, buckets)]
+    count = sum(math.ceil(length / buckets) for _, length in groups)
     # Two stretches must not agree in the signs of all buckets: an element's sign is found at its
     # bucket's number plus an offset that only its stretch has, drawn from an interval of its own.
     width = max(1, buckets // max(1, count))
     signs = _signs(count * width + 2 * buckets, f"buckets {seed}")
-    places, offset = [], 0
-    for (name, part, dtype, shape, _), length in zip(layout.slices, lengths, strict=True):
+    found, offset = [], 0
+    for some, length in groups:
         stretches = []
         for start in range(0, length, buckets):
             stop, bucket = min(start + buckets, length), next(drawn) % buckets
             first = offset + next(drawn) % width + bucket
             offset += width
             stretches.append(_Stretch(start, stop, bucket, signs[first : first + stop - start]))
-        signs_of_halves = tuple(halvings.of(part, shape, drawn))
-        places.append(
-            _Place(name, part, dtype, shape, math.prod(shape), signs_of_halves, tuple(stretches))
-        )
-    return Sketching(layout, buckets, tuple(places))
+        found.append(_Group(tuple(some), tuple(stretches)))
+    return Sketching(layout, buckets, tuple(found))
 
 
 def sketched_products(sketches: Sequence[Tensor]) -> Tensor:
@@ -190,8 +209,23 @@ def sketched_products(sketches: Sequence[Tensor]) -> Tensor:
     return found
 
 
+def _neighbours(places: Sequence[_Place], limit: int) -> Iterator[list[_Place]]:
+    """Yield places of one kind that follow each other, as many as fit ``limit``, at least one."""
+    some: list[_Place] = []
+    for place in places:
+        alike = not some or (some[0].part == "dense") == (place.part == "dense")
+        if not alike or (some and sum(one.left for one in some) + place.left > limit):
+            yield some
+            some = []
+        some.append(place)
+    if some:
+        yield some
+
+
 def _folded(values: Tensor, place: _Place, maps: Mapping[str, RankMap]) -> Tensor:
     """Return a factor, flat, halved along its long side and then carried by its module's map."""
+    if place.part == "dense":
+        return values
     if place.part == "a":
         factor = values.view(place.shape)
         for signs in place.halvings:
