@@ -165,8 +165,8 @@ def main() -> None:
     parser.add_argument("--versions", type=int, default=4)
     parser.add_argument("--pool", type=int, default=16, help="different updates")
     parser.add_argument("--repeats", type=int, default=5)
-    # A copy gains more from a second thread than operations on tensors of 65,000 elements do, most of
-    # which torch does not split; and a thread that waits for a core others use holds up both.
+    # A second thread helps a copy more than operations on tensors of 65,000 elements, most of which
+    # torch does not split; and a thread that waits for a core others use holds up both.
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rules", nargs="+", default=["fedbuff", "alignfed"])
     options = parser.parse_args()

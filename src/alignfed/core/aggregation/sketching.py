@@ -139,7 +139,7 @@ class Sketching:
                     values = values - next(bases)
                 left.append(_folded(values, place, maps))
             together = torch.cat(left) if len(left) > 1 else left[0]
-            target = sums[int(place.part == "dense")]
+            target = sums[int(group.places[0].part == "dense")]
             for part in group.stretches:
                 some = target[part.bucket : part.bucket + part.stop - part.start]
                 some.addcmul_(together[part.start : part.stop], part.signs)
