@@ -1,6 +1,7 @@
 """How fast the server takes uploads in, against copying them.
 
     python benchmarks/aggregate.py [--layers 8] [--uploads 64] [--versions 4] [--repeats 5]
+        [--threads 1]
 
 Uploads are adapters of a Llama 8B (rank 16 on all seven linear maps of a layer, fp32, 42 million
 parameters at 32 layers; fewer layers scale it down). They reach a real coordinator as events,
@@ -164,7 +165,9 @@ def main() -> None:
     parser.add_argument("--versions", type=int, default=4)
     parser.add_argument("--pool", type=int, default=16, help="different updates")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    # A second thread helps a copy more than operations on tensors of 65,000 elements, most of which
+    # torch does not split; and a thread that waits for a core others use holds up both.
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rules", nargs="+", default=["fedbuff", "alignfed"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

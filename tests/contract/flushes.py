@@ -131,14 +131,7 @@ def flush(
 ) -> Given:
     """Return a flush at ``VERSION``, of updates as they come through this LoRA rule's wire."""
     if lora.name == "ffa":
-        entries = [
-            replace(
-                one,
-                update=replace(one.update, adapter=_with_a_of(current, one.update.adapter)),
-                base=_with_a_of(current, one.base),
-            )
-            for one in entries
-        ]
+        entries = [_ffa(current, one) for one in entries]
     return Given(VERSION, current, tuple(entries), mean_uploads, 40, lora, calibrator)
 
 
@@ -157,6 +150,12 @@ def stale_flush(
     target = linear_combination([(1.0, current), *wanted])
     calibrator = DistanceCalibrator(target) if calibrated else None
     return flush(current, entries, lora, mean_uploads=2.2, calibrator=calibrator)
+
+
+def _ffa(current: Adapter, one: Arrival) -> Arrival:
+    update, base = (_with_a_of(current, a) for a in (one.update.adapter, one.base))
+    length = norm(difference(update, base))
+    return replace(one, update=replace(one.update, adapter=update), base=base, norm=length)
 
 
 def _with_a_of(current: Adapter, adapter: Adapter) -> Adapter:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from alignfed.core.adapter import Adapter, inner_product
-from alignfed.core.aggregation import carrying, compared, make_rule
+from alignfed.core.aggregation import carried_step, carrying, compared, make_rule
 from alignfed.core.aggregation.compared import ComparedUpdates
 from alignfed.core.aggregation.transport import carry
 from alignfed.core.lora import FactorMean, make_lora_rule
@@ -97,7 +97,7 @@ def test_the_step_is_the_weighted_sum_of_carried_updates():
     compared.compare(gathered, given.adapter, 0.05)
     coefficients = [0.1 * (i + 1) for i in range(9)]
     shortened = compared.carried(gathered).shortened
-    sums, notes = compared.step_of(gathered, coefficients, shortened, given.adapter)
+    sums, notes = carried_step.step_of(gathered, coefficients, shortened, given.adapter)
     found = given.lora.move(given.adapter, FactorSum(sums), 1.0)
     whole = carry(asked, list(gathered.pairs), kind="rank", ridge=0.05, max_positions=8)
     terms = [(c, *pair) for c, pair in zip(coefficients, whole.pairs, strict=True)]

@@ -334,7 +334,7 @@ def distance(adapter: Adapter, base: Adapter) -> float:
 
 def pieces(buffer: Tensor, size: int = PIECE) -> list[Tensor]:
     """Return a flat buffer as views of ``size`` elements; the last may be shorter."""
-    return [buffer[start : start + size] for start in range(0, buffer.numel(), size)]
+    return list(torch.split(buffer, size))
 
 
 def with_layout(adapter: Adapter, layout: AdapterLayout) -> Adapter:

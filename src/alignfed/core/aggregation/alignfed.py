@@ -33,13 +33,8 @@ from alignfed.core.aggregation.alignfed_state import (
     AlignFedState,
     seen_staleness,
 )
-from alignfed.core.aggregation.compared import (
-    ComparedUpdates,
-    carried,
-    compare,
-    gather,
-    step_of,
-)
+from alignfed.core.aggregation.carried_step import step_of
+from alignfed.core.aggregation.compared import ComparedUpdates, compare_ahead, compare_all, gather
 from alignfed.core.aggregation.recall import absent_pair, remember_flush
 from alignfed.core.aggregation.settings import check_settings, choice, number, switch, whole
 from alignfed.core.aggregation.sizes import combining_bytes, comparing_bytes, require_updates
@@ -98,6 +93,9 @@ class AlignFed:
     )
     agreement_space: str = choice(
         "auto", ("auto", "factor", "product"), "where angles are measured; auto: as the LoRA rule"
+    )
+    sketch_buckets: int = whole(
+        1 << 17, "numbers that an update of eight times as many is compared by; 0: all", low=0
     )
     deviation_keep: float = number(
         0.5, "share of a group's deviations from its mean that is kept", low=0, high=1
@@ -187,9 +185,9 @@ class AlignFed:
         lora: LoraRule,
         calibrator: Calibrator | None,
     ) -> None:
-        """Compare updates with each other as they arrive, some at a time."""
-        if gathered.is_due and self._compares_ahead(lora, calibrator):
-            compare(gathered, current, self._ridge)
+        """Compare updates with each other as they arrive, or take their sketches."""
+        if self._compares_ahead(lora, calibrator):
+            compare_ahead(gathered, current, self._ridge, self.sketch_buckets)
 
     def apply(
         self, state: AlignFedState, gathered: ComparedUpdates | None, flush: Flush
@@ -258,8 +256,7 @@ class AlignFed:
     def _apply_compared(
         self, state: AlignFedState, gathered: ComparedUpdates, flush: Flush
     ) -> tuple[AlignFedState, Step]:
-        compare(gathered, flush.adapter, self._ridge)
-        found = carried(gathered)
+        found = compare_all(gathered, flush.adapter, self._ridge, self.sketch_buckets)
         plan = self._plan(state, flush, found.gram)
         sums, notes = step_of(gathered, plan.coefficients, found.shortened, flush.adapter)
 

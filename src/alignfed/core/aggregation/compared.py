@@ -14,18 +14,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from alignfed.core.adapter import Adapter, AdapterLayout, Term, pieces, require_same_layout
+from alignfed.core.adapter import Adapter, AdapterLayout, require_same_layout
 from alignfed.core.aggregation.carrying import Run, carried_products
 from alignfed.core.aggregation.held import Pair
-from alignfed.core.alignment import RankMap, rank_maps, replay_errors, replay_grams
-from alignfed.core.grouping import group_by_version
+from alignfed.core.aggregation.sketching import sketched_products, sketching
+from alignfed.core.alignment import RankMap, rank_maps
 from alignfed.core.ports import BufferedUpdate
 
 FEWEST = 4
 """Uploads that wait at least until they are compared."""
 
-PIECE = 1 << 16
-"""Elements of the step that are summed at a time."""
+SKETCHED_FROM = 8
+"""An adapter is sketched if it has at least so many times as many elements as its sketch."""
+
+SMALL = 1e-4
+"""Updates shorter than this share of their base are subtracted before they are sketched."""
 
 
 @dataclass(slots=True)
@@ -38,12 +41,17 @@ class ComparedUpdates:
         grams: inner products of the first k carried updates, fp64, shape ``(2, k, k)``: over LoRA
             factors, and over dense tensors. None while k is 0.
         maps: by stale base version, the rank-space maps of all modules in one flat tensor.
+        sketches: of the first carried updates, as ``Sketching.sketch`` returns them; empty where
+            inner products are exact.
+        origins: by base version, the sketch of the base, carried as its updates are.
     """
 
     pairs: list[Pair] = field(default_factory=list)
     entries: list[BufferedUpdate] = field(default_factory=list)
     grams: Tensor | None = None
     maps: dict[int, Tensor] = field(default_factory=dict)
+    sketches: list[Tensor] = field(default_factory=list)
+    origins: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def compared(self) -> int:
@@ -85,25 +93,50 @@ def gather(
     return gathered
 
 
-def compare(gathered: ComparedUpdates, current: Adapter, ridge: float | None) -> None:
-    """Compare the uploads that wait with each other and with all before them.
+def is_sketched(current: Adapter, buckets: int) -> bool:
+    """Return whether updates of an adapter are compared by sketches of so many buckets."""
+    return 0 < SKETCHED_FROM * buckets <= sum(current.layout.sizes.values())
+
+
+def compare_ahead(
+    gathered: ComparedUpdates, current: Adapter, ridge: float | None, buckets: int
+) -> None:
+    """Do what need not wait for the flush: see ``compare_all``."""
+    if is_sketched(current, buckets):
+        sketch(gathered, current, ridge, buckets)
+    elif gathered.is_due:
+        compare(gathered, current, ridge)
+
+
+def compare_all(
+    gathered: ComparedUpdates, current: Adapter, ridge: float | None, buckets: int
+) -> Carried:
+    """Return the inner products of all uploads, as far as they are not known yet.
 
     Args:
         gathered: changed in place.
         current: the current version's adapter.
         ridge: damping of the maps, relative; None carries nothing.
+        buckets: numbers in a sketch; small adapters are compared exactly, and all with 0.
 
     Raises:
         AdapterError: the layouts differ: factors of unequal rank cannot be compared.
     """
+    if is_sketched(current, buckets):
+        sketch(gathered, current, ridge, buckets)
+        compare_sketches(gathered)
+    else:
+        compare(gathered, current, ridge)
+    return carried(gathered)
+
+
+def compare(gathered: ComparedUpdates, current: Adapter, ridge: float | None) -> None:
+    """Compare the uploads that wait with each other and with all before them, exactly."""
     first, entries = gathered.compared, gathered.entries
     if first == len(entries):
         return
-    for entry, (update, base) in zip(entries[first:], gathered.pairs[first:], strict=True):
-        require_same_layout(current, update)
-        require_same_layout(current, base)
-        if ridge is not None and entry.staleness > 0 and entry.base_version not in gathered.maps:
-            gathered.maps[entry.base_version] = _flat(rank_maps(base, current, ridge))
+    for position in range(first, len(entries)):
+        _find_maps(gathered, position, current, ridge)
     # Updates of one version side by side; those that wait come last.
     order = sorted(range(len(entries)), key=lambda i: (i >= first, entries[i].base_version, i))
     updates = [gathered.pairs[i][0] for i in order]
@@ -115,6 +148,46 @@ def compare(gathered: ComparedUpdates, current: Adapter, ridge: float | None) ->
     grams[:, places[first:, None], places] = new
     grams[:, places[:, None], places[first:]] = new.transpose(1, 2)
     gathered.grams = grams
+
+
+def sketch(gathered: ComparedUpdates, current: Adapter, ridge: float | None, buckets: int) -> None:
+    """Sketch the uploads that wait, each carried to the current version.
+
+    A sketch is linear, so that an upload is read without its base, whose sketch is taken once for a
+    version. That costs digits: what is summed, in fp32, is as large as the adapter. The sketch of
+    an update is off by ``1e-6 |base| / |update|`` of its length or less; where that could be seen
+    the difference is taken first.
+    """
+    method = sketching(current.layout, buckets)
+    for position in range(len(gathered.sketches), len(gathered.entries)):
+        _find_maps(gathered, position, current, ridge)
+        entry, (update, base) = gathered.entries[position], gathered.pairs[position]
+        version = entry.base_version
+        flat = gathered.maps.get(version)
+        maps = {} if flat is None else map_views(flat, current.layout)
+        origin = gathered.origins.get(version)
+        if origin is None:
+            origin = gathered.origins[version] = method.sketch(base, maps)
+        if entry.norm < SMALL * float(origin.norm()):
+            gathered.sketches.append(method.sketch(update, maps, base))
+        else:
+            gathered.sketches.append(method.sketch(update, maps).sub_(origin))
+
+
+def compare_sketches(gathered: ComparedUpdates) -> None:
+    """Take all inner products from sketches.
+
+    The length of an update that no map has changed is known exactly, and its row and column are
+    scaled to it.
+    """
+    grams = sketched_products(gathered.sketches)
+    found = (grams[0] + grams[1]).diagonal().sqrt()
+    exact = [
+        math.nan if entry.base_version in gathered.maps else entry.norm
+        for entry in gathered.entries
+    ]
+    scales = (found.new_tensor(exact) / found).nan_to_num(1.0, 1.0, 1.0)
+    gathered.grams = grams * scales[:, None] * scales
 
 
 def carried(gathered: ComparedUpdates) -> Carried:
@@ -136,86 +209,27 @@ def carried(gathered: ComparedUpdates) -> Carried:
     return Carried(lora * scales[:, None] * scales + dense, shortened)
 
 
-def step_of(
-    gathered: ComparedUpdates,
-    coefficients: Sequence[float],
-    shortened: Sequence[float],
-    current: Adapter,
-) -> tuple[list[Tensor], Mapping[str, float]]:
-    """Return the weighted sum of the carried updates, and what to record of the maps.
-
-    The sum is fp32, one tensor for each flat buffer; empty if nothing moves. ``alignment_gain`` is
-    the share of the first-order replay error of each version's sum that its map removes (see
-    ``replay_errors``).
-
-    Args:
-        gathered: the updates.
-        coefficients: of each.
-        shortened: as ``carried`` returned them.
-        current: the current version's adapter.
-    """
-    sizes = current.layout.sizes
-    totals: list[Tensor] = []
-    scratch: list[Tensor] = []
-    without = aligned = 0.0
-    versions = [entry.base_version for entry in gathered.entries]
-    for version, positions in group_by_version(versions).items():
-        terms = [
-            (coefficients[i] * shortened[i], gathered.pairs[i][0])
-            for i in positions
-            if gathered.entries[i].norm > 0 and coefficients[i] != 0
-        ]
-        if not terms:  # every bit stays as it is
-            continue
-        if not totals:
-            totals = _zeros(current)
-        base = gathered.pairs[positions[0]][1]
-        if version not in gathered.maps:
-            _add_differences(totals, terms, base)
-            continue
-        scratch = [part.zero_() for part in scratch] or _zeros(current)
-        _add_differences(scratch, terms, base)
-        factors = {i: coefficients[i] * (1.0 - shortened[i]) for i in positions}
-        _restore_dense(scratch, gathered, factors)
-        maps = _views(gathered.maps[version], current.layout)
-        raw = Adapter(current.layout, dict(zip(sizes, scratch, strict=True)))
-        errors = replay_errors(replay_grams(maps, base, current), raw)
-        without, aligned = without + errors[0], aligned + errors[1]
-        _add_carried(totals, raw, maps)
-    return totals, {"alignment_gain": 1.0 - math.sqrt(aligned / without)} if without > 0 else {}
+def map_views(flat: Tensor, layout: AdapterLayout) -> dict[str, RankMap]:
+    """Return one version's maps by module, as views; the layout names them in the same order."""
+    ranks = [shape.rank for _, shape in layout.lora for _ in ("left", "right")]
+    sides = torch.split(flat, [rank**2 for rank in ranks])
+    squares = iter([side.view(rank, rank) for side, rank in zip(sides, ranks, strict=True)])
+    return {name: RankMap(next(squares), next(squares)) for name, _ in layout.lora}
 
 
-def _zeros(current: Adapter) -> list[Tensor]:
-    return [
-        torch.zeros_like(current.buffers[dtype], dtype=torch.float32)
-        for dtype in current.layout.sizes
-    ]
-
-
-def _add_differences(totals: Sequence[Tensor], terms: Sequence[Term], base: Adapter) -> None:
-    """Add ``sum_j c_j (update_j - base)``, a piece of everything at a time, in cache."""
-    for total, (dtype, old) in zip(totals, _in_order(base), strict=True):
-        room = torch.empty(min(PIECE, total.numel()), dtype=torch.float32, device=total.device)
-        updates = [(c, pieces(update.buffers[dtype], PIECE)) for c, update in terms]
-        for number, (part, before) in enumerate(
-            zip(pieces(total, PIECE), pieces(old, PIECE), strict=True)
-        ):
-            delta = room[: part.numel()]
-            for coefficient, cut in updates:
-                # The difference first: what did not move, A under FFA-LoRA, adds an exact zero.
-                if dtype is torch.float32:
-                    torch.sub(cut[number], before, out=delta)
-                else:
-                    delta.copy_(cut[number]).sub_(before)
-                part.add_(delta, alpha=coefficient)
-
-
-def _in_order(adapter: Adapter) -> list[tuple[torch.dtype, Tensor]]:
-    return [(dtype, adapter.buffers[dtype]) for dtype in adapter.layout.sizes]
+def _find_maps(
+    gathered: ComparedUpdates, position: int, current: Adapter, ridge: float | None
+) -> None:
+    """Make sure that the maps of an upload's version are there, if it needs any."""
+    entry, (update, base) = gathered.entries[position], gathered.pairs[position]
+    require_same_layout(current, update)
+    require_same_layout(current, base)
+    if ridge is not None and entry.staleness > 0 and entry.base_version not in gathered.maps:
+        gathered.maps[entry.base_version] = _flat(rank_maps(base, current, ridge))
 
 
 def _runs(gathered: ComparedUpdates, order: Sequence[int], layout: AdapterLayout) -> list[Run]:
-    views = {version: _views(flat, layout) for version, flat in gathered.maps.items()}
+    views = {version: map_views(flat, layout) for version, flat in gathered.maps.items()}
     versions = [gathered.entries[i].base_version for i in order]
     starts = [n for n in range(len(order)) if n == 0 or versions[n] != versions[n - 1]]
     return [
@@ -232,42 +246,5 @@ def _shortened(before: float, dense_square: float, lora_square: float) -> float:
     return min(1.0, math.sqrt(max(0.0, allowed) / lora_square))
 
 
-def _restore_dense(
-    sums: Sequence[Tensor], gathered: ComparedUpdates, factors: Mapping[int, float]
-) -> None:
-    """Add what shortening took off dense tensors: it is meant for LoRA factors alone."""
-    layout = gathered.pairs[0][1].layout
-    totals = dict(zip(layout.sizes, sums, strict=True))
-    for _, part, dtype, shape, offset in layout.slices:
-        if part != "dense":
-            continue
-        piece = slice(offset, offset + math.prod(shape))
-        for i, factor in factors.items():
-            if factor != 0:
-                update, base = (one.buffers[dtype][piece].float() for one in gathered.pairs[i])
-                totals[dtype][piece].add_(update - base, alpha=factor)
-
-
-def _add_carried(totals: Sequence[Tensor], raw: Adapter, maps: Mapping[str, RankMap]) -> None:
-    """Add a version's sum to the step, each module through its map."""
-    layout = raw.layout
-    step = Adapter(layout, dict(zip(layout.sizes, totals, strict=True)))
-    for name, factors in raw.lora.items():
-        step.lora[name].a.addmm_(maps[name].left, factors.a)
-        step.lora[name].b.addmm_(factors.b, maps[name].right)
-    for name, tensor in raw.dense.items():
-        step.dense[name].add_(tensor)
-
-
 def _flat(maps: Mapping[str, RankMap]) -> Tensor:
     return torch.cat([side.flatten() for one in maps.values() for side in (one.left, one.right)])
-
-
-def _views(flat: Tensor, layout: AdapterLayout) -> dict[str, RankMap]:
-    """Return one version's maps by module, as views; the layout names them in the same order."""
-    found, offset = {}, 0
-    for name, shape in layout.lora:
-        square = flat[offset : offset + 2 * shape.rank**2].view(2, shape.rank, shape.rank)
-        found[name] = RankMap(square[0], square[1])
-        offset += 2 * shape.rank**2
-    return found
