@@ -9,14 +9,14 @@ ones report often, slow ones are stale.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from alignfed.core.adapter import Adapter, LoraFactors, difference, norm
-from alignfed.core.ports import AggregationRule, LoraRule
+from alignfed.core.ports import AggregationRule, LoraRule, Step
 from alignfed.core.update import Update
 from tests.contract.flushes import Arrival, Given, aggregate
 
@@ -109,8 +109,13 @@ def run(
     steps: int = 4,
     rate: float = 0.02,
     calibrated: bool = False,
+    send: Callable[[int, Adapter, Adapter], Adapter] = lambda client, trained, base: trained,
+    watch: Callable[[Sequence[Arrival], Step], None] = lambda buffer, step: None,
 ) -> tuple[list[float], list[float]]:
-    """Return the loss after every flush (the start's first), and the mean staleness of each."""
+    """Return the loss after every flush (the start's first), and the mean staleness of each.
+
+    ``send`` returns what a client sends for what it trained from a base; ``watch`` sees each flush.
+    """
     adapter = start()
     state = rule.init(adapter)
     losses, staleness = [problem.loss(adapter)], []
@@ -122,7 +127,7 @@ def run(
     buffer: list[Arrival] = []
     while version < flushes:
         time, task, client, base_version, base = heapq.heappop(flight)
-        trained = train(problem, client, base, steps, rate)
+        trained = send(client, train(problem, client, base, steps, rate), base)
         uploads[client] += 1
         update = Update(task, client, base_version, trained, 8)
         buffer.append(
@@ -150,6 +155,7 @@ def run(
                     Calibration(problem) if calibrated else None,
                 ),
             )
+            watch(buffer, step)
             adapter, version, buffer = step.adapter, version + 1, []
             losses.append(problem.loss(adapter))
             if rule.synchronous:

@@ -10,9 +10,11 @@ import math
 import pytest
 import torch
 
+from alignfed.core.adapter import Adapter, difference, linear_combination
 from alignfed.core.aggregation import RULES as TABLE
 from alignfed.core.aggregation import make_rule
 from alignfed.core.lora import incompatibility, make_lora_rule
+from alignfed.study.poisoning import ATTACKS
 from tests.convergence.fleet import make_problem, run
 
 torch.set_num_threads(1)
@@ -144,6 +146,44 @@ def test_alignfed_stays_alive_where_steps_overshoot(lora, calibrated):
         for flush in range(1, len(losses)):
             highest = max(losses[max(0, flush - rule.harm_window) : flush])
             assert losses[flush] <= highest * (1 + rule.harm_tolerance) + 1e-6
+
+
+@every_lora
+@pytest.mark.parametrize("attack", list(ATTACKS))
+def test_one_attacker_of_twelve_leaves_alignfed_near_the_optimum(lora, attack):
+    attacker, pulls = 3, {True: [], False: []}
+    draw = torch.Generator().manual_seed(0)
+
+    def send(client, trained, base):
+        if client != attacker:
+            return trained
+        honest = difference(trained, base)
+        noise = {
+            dtype: torch.randn(part.shape, generator=draw) for dtype, part in honest.buffers.items()
+        }
+        made = ATTACKS[attack].make(honest, Adapter(honest.layout, noise))
+        return linear_combination([(1.0, base), (1.0, made)])
+
+    def watch(buffer, step):
+        for arrival, weight in zip(buffer, step.weights, strict=True):
+            pulls[arrival.update.client_id == attacker].append(abs(weight) * arrival.norm)
+
+    losses, _ = run(
+        make_rule("alignfed"),
+        make_lora_rule(lora),
+        make_problem(disagreement=0.3),
+        buffer_size=3,
+        flushes=60,
+        calibrated=True,
+        send=send,
+        watch=watch,
+    )
+    assert last(losses) < 0.01 * losses[0]
+    attackers, honest = (sum(pulls[mine]) / len(pulls[mine]) for mine in (True, False))
+    # Whoever pushes against the others hardly moves the server. Noise says nothing against them,
+    # and a long update is cut to twice the usual length: these move it at most a few times as far.
+    against = attack in ("sign_flipped", "conflicting")
+    assert attackers < (0.25 if against else 6.0) * honest
 
 
 def test_rank_space_alignment_keeps_factor_replay_alive():
