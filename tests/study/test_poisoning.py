@@ -109,6 +109,8 @@ def test_the_record_names_whoever_pushes_against_the_others(tmp_path):
     assert next(line.split()[1] for line in shown.splitlines() if "100.0%" in line) == "3"
     shown = CliRunner().invoke(app, ["uploads", str(tmp_path / "run"), "--client", "3"]).output
     assert "coefficient multiplied by" in " ".join(shown.split())
+    nobody = CliRunner().invoke(app, ["uploads", str(tmp_path / "run"), "--client", "12"])
+    assert nobody.exit_code == 2 and "client 12 has sent nothing" in nobody.output
 
 
 def test_the_record_names_whoever_is_far_too_loud(tmp_path):

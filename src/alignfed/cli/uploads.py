@@ -13,6 +13,7 @@ from rich.table import Table
 
 from alignfed.cli.refusal import refusing
 from alignfed.cli.words import decimal, percent
+from alignfed.errors import AlignFedError
 
 if TYPE_CHECKING:
     from alignfed.journal import SenderRecord, UploadRecord
@@ -39,6 +40,12 @@ def uploads(
             table = _senders(list(reader.senders()))
         else:
             table = _uploads([one for one in reader.uploads() if one.client_id == client], client)
+            if not table.rows:
+                raise AlignFedError(
+                    f"client {client} has sent nothing in this run, {len(list(reader.senders()))}"
+                    f" others have; see who was refused or cut: alignfed uploads {directory}",
+                    client=client,
+                )
     Console().print(table)
 
 
