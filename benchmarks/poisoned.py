@@ -116,6 +116,11 @@ def summed_up(runs: dict[str, dict[str, Any]], clean: dict[str, dict[str, Any]])
         for name in ("attackers", "honest")
     )
     named = attackers["refused"] + attackers["cut"]
+    pulls = [
+        run["attackers"]["pull"] / run["honest"]["pull"]
+        for run in runs.values()
+        if run["attackers"]["pull"] > 0
+    ]
     return {
         "loss": fmean(run["loss"] for run in runs.values()),
         "final": spread_of(ratios["loss"]),
@@ -126,7 +131,7 @@ def summed_up(runs: dict[str, dict[str, Any]], clean: dict[str, dict[str, Any]])
         "honest_cut": honest["cut"] / honest["uploads"],
         # Of the uploads that the journal names, how many were an attacker's.
         "precision": named / max(1, named + honest["refused"] + honest["cut"]),
-        "pull": fmean(run["attackers"]["pull"] / run["honest"]["pull"] for run in runs.values()),
+        "pull": fmean(pulls) if pulls else None,
     }
 
 
@@ -165,7 +170,7 @@ def main() -> None:
             cells = (
                 *(rule, attack, f"{row['loss']:.3f}", shown(row["final"]), shown(row["whole"])),
                 *(f"{row[key]:.0%}" for key in ("attackers_refused", "attackers_cut")),
-                *(f"{row['honest_cut']:.0%}", f"{row['pull']:.2f}"),
+                *(f"{row['honest_cut']:.0%}", "-" if row["pull"] is None else f"{row['pull']:.2f}"),
             )
             print("".join(f"{cell:>16}" for cell in cells))
     publish(
