@@ -54,7 +54,18 @@ def test_help_teaches_the_first_steps():
 
 @pytest.mark.parametrize(
     "command",
-    ["simulate", "resume", "strategies", "fleets", "init", "plan", "compare", "ablate", "sanitize"],
+    [
+        "simulate",
+        "resume",
+        "strategies",
+        "fleets",
+        "init",
+        "plan",
+        "compare",
+        "ablate",
+        "sanitize",
+        "uploads",
+    ],
 )
 def test_every_command_shows_an_example(command):
     result = run(command, "--help")

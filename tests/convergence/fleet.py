@@ -9,14 +9,14 @@ ones report often, slow ones are stale.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from alignfed.core.adapter import Adapter, LoraFactors, difference, norm
-from alignfed.core.ports import AggregationRule, LoraRule
+from alignfed.core.ports import AggregationRule, LoraRule, Step
 from alignfed.core.update import Update
 from tests.contract.flushes import Arrival, Given, aggregate
 
@@ -36,6 +36,12 @@ class Problem:
     products: Tensor
     points: Tensor
 
+    def least_with(self, a: Tensor) -> float:
+        """Return the least loss of an adapter whose A stays as it is: B by least squares."""
+        common = self.products.mean(0)
+        kept = common @ torch.linalg.pinv(a) @ a
+        return 0.5 * float((common - kept).square().sum())
+
     def loss(self, adapter: Adapter) -> float:
         """Return the mean loss over all clients less its least value."""
         factors = adapter.lora["q"]
@@ -47,13 +53,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A calibration set that sees the problem itself."""
+    """A calibration set that sees the problem itself, and ``floor`` that no model takes away."""
 
     problem: Problem
+    floor: float = 0.0
     tokens: int = 10
 
     def loss(self, adapter: Adapter) -> float:
-        return self.problem.loss(adapter)
+        return self.problem.loss(adapter) + self.floor
 
     def inputs(self, adapter: Adapter) -> Mapping[str, Tensor]:
         return {"q": torch.eye(IN_DIM)}
@@ -87,14 +94,16 @@ def start(seed: int = 1) -> Adapter:
     return Adapter.pack({"q": factors}, {"x": torch.zeros(10)})
 
 
-def train(problem: Problem, client: int, adapter: Adapter, steps: int, rate: float) -> Adapter:
+def train(
+    problem: Problem, client: int, adapter: Adapter, steps: int, rate: float, trains_a: bool = True
+) -> Adapter:
     """Return the adapter after a client's local gradient descent."""
     factors = adapter.lora["q"]
     a, b, x = factors.a.clone(), factors.b.clone(), adapter.dense["x"].clone()
     for _ in range(steps):
         gap = factors.scale * b @ a - problem.products[client]
         grad_a, grad_b = factors.scale * b.T @ gap, factors.scale * gap @ a.T
-        a, b = a - rate * grad_a, b - rate * grad_b
+        a, b = a - rate * grad_a * trains_a, b - rate * grad_b
         x = x - 10 * rate * CURVATURE * (x - problem.points[client])
     return Adapter.pack({"q": LoraFactors(a, b, factors.alpha)}, {"x": x})
 
@@ -109,8 +118,15 @@ def run(
     steps: int = 4,
     rate: float = 0.02,
     calibrated: bool = False,
+    floor: float = 0.0,
+    trains_a: bool = True,
+    send: Callable[[int, Adapter, Adapter], Adapter] = lambda client, trained, base: trained,
+    watch: Callable[[Sequence[Arrival], Step], None] = lambda buffer, step: None,
 ) -> tuple[list[float], list[float]]:
-    """Return the loss after every flush (the start's first), and the mean staleness of each."""
+    """Return the loss after every flush (the start's first), and the mean staleness of each.
+
+    ``send`` returns what a client sends for what it trained from a base; ``watch`` sees each flush.
+    """
     adapter = start()
     state = rule.init(adapter)
     losses, staleness = [problem.loss(adapter)], []
@@ -122,7 +138,7 @@ def run(
     buffer: list[Arrival] = []
     while version < flushes:
         time, task, client, base_version, base = heapq.heappop(flight)
-        trained = train(problem, client, base, steps, rate)
+        trained = send(client, train(problem, client, base, steps, rate, trains_a), base)
         uploads[client] += 1
         update = Update(task, client, base_version, trained, 8)
         buffer.append(
@@ -147,9 +163,10 @@ def run(
                     sum(seen) / len(seen),
                     CLIENTS,
                     lora,
-                    Calibration(problem) if calibrated else None,
+                    Calibration(problem, floor) if calibrated else None,
                 ),
             )
+            watch(buffer, step)
             adapter, version, buffer = step.adapter, version + 1, []
             losses.append(problem.loss(adapter))
             if rule.synchronous:

@@ -16,6 +16,7 @@ from alignfed.cli.deploy import deploy_app
 from alignfed.cli.refusal import INTERRUPTED, debugging, refusing
 from alignfed.cli.replay import replay
 from alignfed.cli.up import up
+from alignfed.cli.uploads import uploads
 from alignfed.progress import ProgressView
 from alignfed.version import __version__
 
@@ -160,6 +161,12 @@ app.command(
     epilog="Example: [b]alignfed simulate --keep-payloads --out runs/kept[/b], then "
     "[b]alignfed replay runs/kept[/b]"
 )(replay)
+
+
+app.command(
+    epilog="Examples: [b]alignfed uploads runs/alignfed[/b]; "
+    "[b]alignfed uploads runs/alignfed --client 17[/b]"
+)(uploads)
 
 
 @app.command(epilog="Example: [b]alignfed strategies fedbuff[/b] shows the settings of one rule.")

@@ -11,7 +11,13 @@ from alignfed.journal.codec import Codec, Encoded, rule_state_class
 from alignfed.journal.directory import RunDirectory
 from alignfed.journal.durable import DurableLog
 from alignfed.journal.facts import ReplayFacts, facts_of, read_facts, this_platform
-from alignfed.journal.reader import EvaluationRecord, RunReader, UploadRecord, VersionRecord
+from alignfed.journal.reader import (
+    EvaluationRecord,
+    RunReader,
+    SenderRecord,
+    UploadRecord,
+    VersionRecord,
+)
 from alignfed.journal.recorder import Recorder
 from alignfed.journal.recording import Recording
 from alignfed.journal.rows import Row
@@ -35,6 +41,7 @@ __all__ = [
     "RunDirectory",
     "RunMeta",
     "RunReader",
+    "SenderRecord",
     "SqliteJournal",
     "UploadRecord",
     "VersionRecord",

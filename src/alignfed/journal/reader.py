@@ -57,6 +57,28 @@ class UploadRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class SenderRecord:
+    """What became of everything that claims to be from one client.
+
+    Attributes:
+        client_id: who it claims to be from; None where that was not a number.
+        uploads: how many there were.
+        refused: how many of them were refused.
+        cut: how many were applied with a coefficient cut (``UploadRecord.reason``).
+        reasons: why any were refused, in alphabetical order.
+        pull: mean over those applied of ``|weight| x norm``, how far each moved the server; None:
+            none was.
+    """
+
+    client_id: int | None
+    uploads: int
+    refused: int
+    cut: int
+    reasons: tuple[str, ...]
+    pull: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class VersionRecord:
     """One published server version."""
 
@@ -141,6 +163,19 @@ class RunReader:
             (outcome, outcome),
         ):
             yield UploadRecord(*(*columns, json.loads(body).get("metrics", {})))
+
+    def senders(self) -> Iterator[SenderRecord]:
+        """Yield what became of each client's uploads, most often refused or cut first."""
+        for client_id, uploads, refused, cut, reasons, pull in self.database.query(
+            "SELECT client_id, COUNT(*), SUM(outcome = 'rejected'),"
+            " SUM(outcome = 'applied' AND reason IS NOT NULL) AS cut,"
+            " GROUP_CONCAT(DISTINCT CASE WHEN outcome = 'rejected' THEN reason END),"
+            " AVG(CASE WHEN outcome = 'applied' THEN ABS(weight) * norm END) AS pull"
+            " FROM uploads GROUP BY client_id"
+            " ORDER BY SUM(reason IS NOT NULL) DESC, pull, client_id"
+        ):
+            found = tuple(sorted(reasons.split(","))) if reasons else ()
+            yield SenderRecord(client_id, uploads, refused, cut, found, pull)
 
     def versions(self) -> Iterator[VersionRecord]:
         """Yield published versions in order."""
