@@ -8,7 +8,7 @@ import torch
 
 from alignfed.core.adapter import Adapter, difference, norm
 from alignfed.core.aggregation.alignfed import AlignFed
-from alignfed.core.aggregation.trust import LEAST_TRUST
+from alignfed.core.aggregation.trust import LEAST_TRUST, growth
 from alignfed.core.lora import FactorMean, ProductSum
 from alignfed.errors import RuleError
 from tests.contract.flushes import DistanceCalibrator, Given, aggregate, entry, flush, stale_flush
@@ -350,3 +350,10 @@ def test_early_harm_is_measured_against_the_last_flushes():
         state = dataclasses.replace(rule.init(current), losses=losses)
         _, step = aggregate(rule, state, away)
         assert (step.adapter.checksum != current.checksum) == taken
+
+
+def test_trust_grows_the_more_slowly_the_later_a_step_is_felt():
+    factors = [growth(staleness) for staleness in (0.0, 1.0, 5.0, 7.0, 20.0, 1e6)]
+    assert factors[:3] == [2.0, 2.0, 2.0]
+    assert factors == sorted(factors, reverse=True)
+    assert factors[-2] == pytest.approx(1.25) and factors[-1] > 1.0

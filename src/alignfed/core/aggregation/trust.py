@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 from alignfed.core.adapter import Adapter
 from alignfed.core.aggregation.alignfed_state import AlignFedState
 from alignfed.core.guard import GuardedStep, guarded_step
 from alignfed.core.ports import Calibrator, Flush
 
-TRUST_GROWTH = 1.25
-"""A step that needed no halving lets the next one start this much longer, up to 1."""
+GROWTH = 5.0
+"""A step that needed no halving lets the next one start longer by this share over the usual
+staleness, at most twice as long: what a longer step does is only seen in full that much later."""
 
 LEAST_TRUST = 2.0**-6
 """Shortest step the guard starts from; shorter ones would not be worth an upload."""
@@ -35,6 +37,15 @@ class Trusted:
     notes: Mapping[str, float]
 
 
+def growth(staleness: float) -> float:
+    """Return what the next step's first length is multiplied by after one that needed no halving.
+
+    Args:
+        staleness: mean staleness of the updates applied lately, in versions.
+    """
+    return 1.0 + min(1.0, GROWTH / staleness) if staleness > 0 else 2.0
+
+
 def trusted_step(
     state: AlignFedState,
     flush: Flush,
@@ -49,7 +60,7 @@ def trusted_step(
     """Return the step as long as the calibration loss lets it be, starting from the last trust.
 
     Args:
-        state: the state before the flush.
+        state: the state before the flush, but with the staleness of its updates.
         flush: the flush.
         calibrator: measures losses.
         candidate: returns the adapter that a multiple of the step leads to.
@@ -77,7 +88,7 @@ def trusted_step(
     if guarded.scale == 0:
         trust /= 2
     elif guarded.halvings == 0:
-        trust = min(1.0, trust * TRUST_GROWTH)
+        trust = min(1.0, trust * growth(fmean(state.staleness)))
     known = math.isfinite(guarded.loss)
     measured = {"calibration_loss_before": before, "calibration_loss_after": guarded.loss}
     notes = {
