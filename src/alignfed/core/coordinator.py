@@ -151,7 +151,8 @@ class Coordinator:
             state.rejections[judged.reason] += 1
             out.append(Reject(update.task_id, update.client_id, judged.reason, judged.detail))
         else:
-            self._buffer(state, update, *judged, now_s)
+            adapter, base, update_norm = judged
+            self._buffer(state, update, adapter, base, update_norm, now_s)
         self._after_answer(state, now_s, out)
 
     def _on_upload_refused(

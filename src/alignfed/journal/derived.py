@@ -8,8 +8,9 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from alignfed.core.events import EvaluationFinished, UpdateArrived
-from alignfed.core.instructions import Instruction, Publish, Reject
+from alignfed.core.events import EvaluationFinished
+from alignfed.core.instructions import Publish, Reject
+from alignfed.core.update import Update
 from alignfed.errors import JournalError
 from alignfed.journal.database import Database
 from alignfed.journal.rows import Fields, encode_mapping, integer, text
@@ -38,19 +39,24 @@ class DerivedTables:
         self._lines: list[str] = []
 
     def arrived(
-        self, seq: int, event: UpdateArrived, fields: Fields, refused: tuple[int, Reject] | None
+        self,
+        seq: int,
+        time_s: float,
+        update: Update,
+        fields: Fields,
+        refused: tuple[int, Reject] | None,
     ) -> None:
         """Note an upload.
 
         Args:
             seq: number of its row.
-            event: the upload.
+            time_s: when it arrived.
+            update: the upload.
             fields: what its row holds.
             refused: the row and the instruction that refused it, if any.
         """
-        update = event.update
         _, client_id, task_id, version, _ = fields
-        told = (seq, task_id, client_id, version, event.time_s, integer(update.num_examples))
+        told = (seq, task_id, client_id, version, time_s, integer(update.num_examples))
         if refused is None:
             self._buffered[update.task_id] = seq
             self._uploads[seq] = (*told, "buffered", seq, None, None, None, None, None, None)
@@ -163,11 +169,10 @@ def metrics_lines(database: Database) -> Iterator[str]:
 
 
 def find_refusal(
-    seq: int, event: UpdateArrived, instructions: Sequence[Instruction]
+    update: Update, derives: Sequence[tuple[int, Publish | Reject]]
 ) -> tuple[int, Reject] | None:
     """Return the row and the instruction that refuse the upload just arrived, if any do."""
-    update = event.update
-    for number, instruction in enumerate(instructions, seq + 1):
+    for number, instruction in derives:
         if (
             isinstance(instruction, Reject)
             and instruction.task_id == update.task_id

@@ -222,7 +222,7 @@ class Engine:
         running = state.running.get(task_id)
         if running is None:
             return
-        self._lookahead.compute(running, state)
+        distance = self._lookahead.compute(running, state)
         result, task = running.result, running.task
         assert result is not None
         client_id = task.client_id
@@ -236,7 +236,6 @@ class Engine:
         update = Update(
             task_id, client_id, task.base_version, upload, result.num_examples, result.metrics
         )
-        distance = self._lookahead.take_distance(task_id)
         self._handle(UpdateArrived(self._server_time(), update, distance))
 
     def _on_timer_fired(self, timer: TimerFired) -> None:

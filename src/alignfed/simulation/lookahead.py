@@ -58,11 +58,16 @@ class Lookahead:
 
     def add(self, running: RunningTask) -> None:
         """Take note of a task under way that has not been computed."""
-        if self._computes_early:
+        if self._computes_early and running.arrival_s < math.inf:  # else its upload will be lost
             heapq.heappush(self._early, (running.arrival_s, running.task.task_id, running))
 
-    def compute(self, needed: RunningTask, state: EngineState) -> None:
-        """See that a task's result is there, and that others will be when they are needed."""
+    def compute(self, needed: RunningTask, state: EngineState) -> float | None:
+        """See that a task's result is there, and that others will be when they are needed.
+
+        Returns:
+            How far the result has moved from its base, where that has been found out already. It is
+            never part of a checkpoint: the coordinator finds the very same number by itself.
+        """
         if self._background is not None:
             for cohort in self._cohorts_to_send(needed, state):
                 pending = self._background.submit(_jobs(cohort))
@@ -77,13 +82,7 @@ class Lookahead:
             self._record(cohort, state.now_s)
             if self._measures and len(cohort) > 1:
                 self._measure(cohort)
-
-    def take_distance(self, task_id: int) -> float | None:
-        """Return how far a task's result has moved from its base, where that is known already.
-
-        It is never part of a checkpoint: the coordinator finds the very same number by itself.
-        """
-        return self._distances.pop(task_id, None)
+        return self._distances.pop(needed.task.task_id, None)
 
     @property
     def outstanding(self) -> int:
@@ -125,20 +124,23 @@ class Lookahead:
         self, needed: RunningTask, most: int, state: EngineState
     ) -> list[RunningTask]:
         """Tasks not asked for that will report before the run can end, earliest first."""
+        early, under_way, found = self._early, state.running, list[RunningTask]()
         remaining = self._stop.max_uploads - state.coordinator.received - 1
         width = int(min(most, remaining))
         if width <= 0:
-            return []
-        if len(state.running) - 1 > remaining:
+            return found
+        if len(under_way) - 1 > remaining:
             return self._before_the_end(needed, width, int(remaining), state)
-        early = self._early
-        found: list[RunningTask] = []
-        if len(early) > 2 * len(state.running):  # most were lost, and will never come to the top
-            early[:] = [one for one in early if state.running.get(one[1]) is one[2]]
-            heapq.heapify(early)
+        awaited, sent = state.coordinator.tasks, self._sent
         while early and len(found) < width and early[0][0] <= self._stop.max_time_s:
-            running = heapq.heappop(early)[2]
-            if running is not needed and self._may_compute(running, state):
+            _, task_id, running = heapq.heappop(early)
+            if (
+                running.result is None
+                and running is not needed
+                and task_id not in sent
+                and task_id in awaited
+                and under_way.get(task_id) is running
+            ):
                 found.append(running)
         return found
 
@@ -150,20 +152,13 @@ class Lookahead:
             (running.arrival_s, running.task.task_id, running)
             for running in state.running.values()
             if running is not needed
+            and math.isfinite(running.arrival_s)
             and running.arrival_s <= self._stop.max_time_s
             and running.task.task_id in state.coordinator.tasks
         )
         # Those already computed count too: they arrive before the run ends and use up its limit.
         within = [running for _, _, running in others[:remaining]]
         return [running for running in within if not self.asked_for(running)][:width]
-
-    def _may_compute(self, running: RunningTask, state: EngineState) -> bool:
-        task_id = running.task.task_id
-        return (
-            task_id in state.coordinator.tasks
-            and state.running.get(task_id) is running
-            and not self.asked_for(running)
-        )
 
     def _measure(self, cohort: Sequence[RunningTask]) -> None:
         results = [running.result.adapter for running in cohort if running.result is not None]
