@@ -3,8 +3,9 @@
     python benchmarks/clock.py [--events 1000000] [--clients 100000] [--repeats 5] [--cohort 64]
 
 A trainer that computes nothing answers every task with one and the same small adapter; FedBuff
-judges, adds and applies it as it would any other. Tasks are handed to it in cohorts, as a simulation
-does; with ``--cohort 1`` each is computed alone. Every event counts that the coordinator handles.
+judges, adds and applies it as it would any other. Tasks are handed to the trainer in cohorts, as a
+simulation does; with ``--cohort 1`` each is computed alone. Every event counts that the coordinator
+handles.
 The whole of a run is timed, the joining of all clients included; the fleet is made beforehand.
 Each figure is the median over fresh runs. With the journal it is the real one, on disk in a
 temporary directory, checksums on, and its closing is part of the time.

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Container
 from dataclasses import dataclass, field
 
-from alignfed.core.adapter import Adapter, AdapterLayout
+from alignfed.core.adapter import AdapterLayout
 from alignfed.core.instructions import RejectReason
 from alignfed.core.update import Task, Update
 

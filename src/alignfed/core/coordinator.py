@@ -334,9 +334,7 @@ class Coordinator:
         state.snapshots[state.version] = Snapshot(adapter)
         cuts = step.cuts or (1.0,) * len(updates)
         applied = [
-            AppliedUpload(
-                e.task_id, e.client_id, e.base_version, e.staleness, weight, e.norm, cut
-            )
+            AppliedUpload(e.task_id, e.client_id, e.base_version, e.staleness, weight, e.norm, cut)
             for e, weight, cut in zip(updates, step.weights, cuts, strict=True)
         ]
         out.append(Publish(state.version, adapter, tuple(applied), step.notes, step.work))

@@ -77,9 +77,10 @@ class DerivedTables:
         Raises:
             JournalError: it applies an upload that never arrived, or was applied before.
         """
-        applied, version, uploads = publish.applied, publish.version, self._uploads
+        applied, version = publish.applied, publish.version
+        uploads, buffered = self._uploads, self._buffered
         for item in applied:
-            upload_seq = self._buffered.pop(item.task_id, None)
+            upload_seq = buffered.pop(item.task_id, None)
             if upload_seq is None:
                 raise JournalError(
                     f"version {version} applies task {item.task_id}, of which this journal"
@@ -88,10 +89,11 @@ class DerivedTables:
                     task_id=item.task_id,
                 )
             weight, norm = _finite(item.weight), _finite(item.norm)
-            why: tuple[str | None, str | None] = (None, None)
+            reason = detail = None
             if item.cut < 1.0:
-                why = ("cut", f"coefficient multiplied by {item.cut:.3g}, see the version's notes")
-            outcome = ("applied", seq, *why, version, item.staleness, weight, norm)
+                reason = "cut"
+                detail = f"coefficient multiplied by {item.cut:.3g}, see the version's notes"
+            outcome = ("applied", seq, reason, detail, version, item.staleness, weight, norm)
             if (waiting := uploads.get(upload_seq)) is not None:
                 uploads[upload_seq] = waiting[:_OUTCOME_AT] + outcome
             else:
