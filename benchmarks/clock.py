@@ -1,9 +1,11 @@
 """What the clock, the coordinator and the journal cost when clients cost nothing.
 
-    python benchmarks/clock.py [--events 1000000] [--clients 100000] [--repeats 5]
+    python benchmarks/clock.py [--events 1000000] [--clients 100000] [--repeats 5] [--cohort 64]
 
 A trainer that computes nothing answers every task with one and the same small adapter; FedBuff
-judges, adds and applies it as it would any other. Every event counts that the coordinator handles.
+judges, adds and applies it as it would any other. Tasks are handed to the trainer in cohorts, as a
+simulation does; with ``--cohort 1`` each is computed alone. Every event counts that the coordinator
+handles.
 The whole of a run is timed, the joining of all clients included; the fleet is made beforehand.
 Each figure is the median over fresh runs. With the journal it is the real one, on disk in a
 temporary directory, checksums on, and its closing is part of the time.
@@ -86,6 +88,7 @@ def make_engine(
         server=ServerProfile(),
         clients=range(clients),
         journal=journal,
+        cohort_size=options.cohort,
     )
     return Engine(parts, small_adapter(1))
 
@@ -144,6 +147,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=100_000)
     parser.add_argument("--concurrency", type=int, default=1_000)
     parser.add_argument("--buffer", type=int, default=100)
+    parser.add_argument("--cohort", type=int, default=64, help="tasks computed together at most")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--unchanged", action="store_true", help="clients send back the adapter they were given"
@@ -168,6 +172,7 @@ def main() -> None:
         {
             "clients": options.clients,
             "events": options.events,
+            "cohort": options.cohort,
             "answer": "the task's own adapter" if options.unchanged else "one shared adapter",
             "events_per_s": spread(plain)["median"],
             "events_per_s_spread": spread(plain),

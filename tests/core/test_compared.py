@@ -9,7 +9,7 @@ from alignfed.core.aggregation.compared import ComparedUpdates
 from alignfed.core.aggregation.transport import carry
 from alignfed.core.lora import FactorMean, make_lora_rule
 from alignfed.core.lora.factor import FactorSum
-from alignfed.core.ports import Flush, work_ahead
+from alignfed.core.ports import Flush, ahead_of
 from alignfed.journal import Codec
 from tests.contract.flushes import Given, aggregate, entry, flush, stale_flush
 from tests.core.adapters import make_adapter, moved
@@ -38,7 +38,7 @@ def arrived(rule, given: Given, *, ahead: bool) -> tuple[ComparedUpdates, Flush]
     for known, one in zip(entries, given.updates, strict=True):
         gathered = rule.receive(gathered, known, one.update.adapter, one.base, given.lora)
         if ahead:
-            work_ahead(rule, gathered, given.adapter, given.lora, given.calibrator)
+            ahead_of(rule)(gathered, given.adapter, given.lora, given.calibrator)
     return gathered, Flush(
         given.version, given.adapter, entries, given.mean_uploads, given.clients, given.lora
     )
@@ -113,7 +113,7 @@ def test_buffers_are_compared_when_they_have_doubled():
     for one in given.updates:
         update, known = one.update.adapter, one.entry()
         gathered = rule.receive(gathered, known, update, one.base, given.lora)
-        work_ahead(rule, gathered, given.adapter, given.lora, given.calibrator)
+        ahead_of(rule)(gathered, given.adapter, given.lora, given.calibrator)
         seen.append(gathered.compared)
     assert sorted(set(seen)) == [0, 4, 8, 16]
     assert all(2 * done > i for i, done in enumerate(seen) if i >= 3)

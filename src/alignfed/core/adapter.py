@@ -302,36 +302,6 @@ def norm(adapter: Adapter) -> float:
     )
 
 
-def distance(adapter: Adapter, base: Adapter) -> float:
-    """Return the Euclidean norm of ``adapter - base``, without forming the difference.
-
-    Large buffers are taken piece by piece, so that a piece's difference is squared while it is in
-    cache and both adapters are read from memory once. The result is not finite if any element of
-    either is not.
-
-    Raises:
-        AdapterError: the layouts differ.
-    """
-    if adapter.layout is not base.layout:
-        require_same_layout(adapter, base)
-    square = 0.0
-    for dtype, buffer in adapter.buffers.items():
-        other = base.buffers[dtype]
-        if dtype is torch.float32 and buffer.numel() <= PIECE:
-            gap = buffer - other
-            square += gap.dot(gap).item()
-            continue
-        scratch = torch.empty(min(PIECE, buffer.numel()), dtype=torch.float32, device=buffer.device)
-        for new, old in zip(pieces(buffer), pieces(other), strict=True):
-            gap = scratch[: new.numel()]
-            if dtype is torch.float32:
-                torch.sub(new, old, out=gap)
-            else:  # subtracted in fp32: a difference of two halves may need more digits than one
-                gap.copy_(new).sub_(old)
-            square += gap.dot(gap).item()
-    return math.sqrt(square)
-
-
 def pieces(buffer: Tensor, size: int = PIECE) -> list[Tensor]:
     """Return a flat buffer as views of ``size`` elements; the last may be shorter."""
     return list(torch.split(buffer, size))

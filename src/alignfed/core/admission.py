@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Container
 from dataclasses import dataclass, field
 
-from alignfed.core.adapter import Adapter, AdapterLayout
+from alignfed.core.adapter import AdapterLayout
 from alignfed.core.instructions import RejectReason
 from alignfed.core.update import Task, Update
 
@@ -141,9 +141,17 @@ def check_shape(update: Update, expected: AdapterLayout) -> Rejection | None:
     # Layouts made in this process are mostly one object: see Adapter.pack.
     if adapter.layout is not expected and adapter.layout != expected:
         return _wrong_layout(adapter.layout, expected)
-    if (rejection := _check_buffers(adapter, expected)) is not None:
-        return rejection
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+    # An adapter built by hand may claim a layout that its buffers do not have.
+    for dtype, size in expected.sizes.items():
+        buffer = adapter.buffers.get(dtype)
+        if buffer is None or buffer.dtype is not dtype:
+            return Rejection(RejectReason.WRONG_DTYPE, f"no {dtype} buffer of {size} elements")
+        if buffer.shape != (size,):
+            found = tuple(buffer.shape)
+            return Rejection(
+                RejectReason.WRONG_SHAPE, f"{dtype} buffer is {found}, expected ({size},)"
+            )
+    if type(count) is not int or count < 1:
         return Rejection(
             RejectReason.NO_EXAMPLES,
             f"num_examples={count!r}, must be a whole number of at least 1",
@@ -199,17 +207,3 @@ def _wrong_layout(found: AdapterLayout, expected: AdapterLayout) -> Rejection:
             reason = RejectReason.WRONG_DTYPE if only_dtype else RejectReason.WRONG_SHAPE
             return Rejection(reason, f"{name!r} is {theirs[name]}, expected {shape}")
     return Rejection(RejectReason.WRONG_NAMES, "tensors are not in sorted order")
-
-
-def _check_buffers(adapter: Adapter, expected: AdapterLayout) -> Rejection | None:
-    """An adapter built by hand may claim a layout that its buffers do not have."""
-    for dtype, count in expected.sizes.items():
-        buffer = adapter.buffers.get(dtype)
-        if buffer is None or buffer.dtype != dtype:
-            return Rejection(RejectReason.WRONG_DTYPE, f"no {dtype} buffer of {count} elements")
-        if buffer.ndim != 1 or buffer.numel() != count:
-            return Rejection(
-                RejectReason.WRONG_SHAPE,
-                f"{dtype} buffer is {tuple(buffer.shape)}, expected ({count},)",
-            )
-    return None

@@ -46,8 +46,9 @@ from alignfed.core.ports import (
     LoraRule,
     Scheduler,
     Step,
+    WorkAhead,
+    ahead_of,
     scheduler_of,
-    work_ahead,
 )
 from alignfed.core.state import CoordinatorSettings, CoordinatorState, Snapshot
 from alignfed.core.update import Update
@@ -67,6 +68,7 @@ class Coordinator:
         put_by: returns an accepted upload as it is to wait, for example mapped from disk; None
             leaves it as it came.
         scheduler: the rule's, if it has one.
+        ahead: what the rule does on an upload's arrival, if it does anything.
     """
 
     settings: CoordinatorSettings
@@ -76,10 +78,12 @@ class Coordinator:
     exchange: Exchange = WHOLE
     put_by: Callable[[Adapter], Adapter] | None = None
     scheduler: Scheduler | None = field(init=False)
+    ahead: WorkAhead | None = field(init=False)
 
     def __post_init__(self) -> None:
-        """Look the rule's scheduler up once, not with every event."""
+        """Look up once, not with every event, what not every rule has."""
         object.__setattr__(self, "scheduler", scheduler_of(self.rule))
+        object.__setattr__(self, "ahead", ahead_of(self.rule))
 
     def initial_state(self, adapter: Adapter) -> CoordinatorState:
         """Return the state before the first event, with ``adapter`` as version 0."""
@@ -134,16 +138,15 @@ class Coordinator:
     def _on_update_arrived(
         self, state: CoordinatorState, event: UpdateArrived, out: list[Instruction]
     ) -> None:
-        update = event.update
+        update, now_s = event.update, event.time_s
         task = state.tasks.get(update.task_id)
-        snapshot = state.snapshots.get(update.base_version)
-        judged = judge(state, self.exchange, update, task, snapshot)
-        refused = isinstance(judged, admission.Rejection)
-        now_s = event.time_s
+        judged = judge(state, self.exchange, event, task)
+        rejection = judged if isinstance(judged, admission.Rejection) else None
         if task is not None and task.client_id == update.client_id:
             state.received += 1
-            state.tokens += update.reported_tokens
-            tasks.end_task(state, self.settings, task, now_s, failed=refused)
+            if update.metrics:
+                state.tokens += update.reported_tokens
+            tasks.end_task(state, self.settings, task, now_s, failed=rejection is not None)
         if isinstance(judged, admission.Rejection):
             state.rejections[judged.reason] += 1
             out.append(Reject(update.task_id, update.client_id, judged.reason, judged.detail))
@@ -164,13 +167,14 @@ class Coordinator:
         self._after_answer(state, event.time_s, out)
 
     def _after_answer(self, state: CoordinatorState, now_s: float, out: list[Instruction]) -> None:
-        stop = self.settings.stop
         if state.stopped is None:
             self._flush_if_complete(state, now_s, out)
-        if state.stopped is None and state.received >= stop.max_uploads:
-            self._stop(state, now_s, StopReason.MAX_UPLOADS, out)
-        elif state.stopped is None and state.tokens >= stop.max_tokens:
-            self._stop(state, now_s, StopReason.MAX_TOKENS, out)
+        if state.stopped is None:
+            stop = self.settings.stop
+            if state.received >= stop.max_uploads:
+                self._stop(state, now_s, StopReason.MAX_UPLOADS, out)
+            elif state.tokens >= stop.max_tokens:
+                self._stop(state, now_s, StopReason.MAX_TOKENS, out)
 
     def _on_task_failed(
         self, state: CoordinatorState, event: TaskFailed, out: list[Instruction]
@@ -219,15 +223,17 @@ class Coordinator:
             self._end(state, StopReason.PATIENCE, out)
 
     def _give_work(self, state: CoordinatorState, now_s: float, out: list[Instruction]) -> None:
-        settings, synchronous = self.settings, self.rule.synchronous
+        synchronous, exchange = self.rule.synchronous, self.exchange
         if synchronous and (state.tasks or state.buffer):
             return
-        given = tasks.hand_out(state, settings, now_s, self.scheduler)
+        given = tasks.hand_out(state, self.settings, now_s, self.scheduler)
+        if not given:
+            return
         snapshot = state.snapshots[state.version]
         for task in given:
-            out.append(Dispatch(task, snapshot.sent_to(self.exchange, task.client_id)))
-        if synchronous and given:
-            state.flush_due_s = now_s + settings.flush_timeout_s
+            out.append(Dispatch(task, snapshot.sent_to(exchange, task.client_id)))
+        if synchronous:
+            state.flush_due_s = now_s + self.settings.flush_timeout_s
 
     # --- uploads and versions -------------------------------------------------------------
 
@@ -242,9 +248,9 @@ class Coordinator:
     ) -> None:
         rule = self.rule
         record = state.clients[update.client_id]
-        record.uploads += 1
+        uploads = record.uploads = record.uploads + 1
         state.accepted += 1
-        if record.uploads == 1:
+        if uploads == 1:
             state.participants += 1
         state.norms.add(update_norm)
         if not state.buffer and not rule.synchronous:
@@ -255,15 +261,16 @@ class Coordinator:
             update.base_version,
             update.num_examples,
             update_norm,
-            record.uploads,
+            uploads,
             state.version - update.base_version,
             adapter.layout.size_bytes + base.layout.size_bytes,
         )
         state.buffer.append(entry)
         if self.put_by is not None:
             adapter = self.put_by(adapter)
-        state.gathered = rule.receive(state.gathered, entry, adapter, base, self.lora)
-        work_ahead(rule, state.gathered, state.adapter, self.lora, self.calibrator)
+        gathered = state.gathered = rule.receive(state.gathered, entry, adapter, base, self.lora)
+        if self.ahead is not None:
+            self.ahead(gathered, state.adapter, self.lora, self.calibrator)
 
     def _flush_if_complete(
         self, state: CoordinatorState, now_s: float, out: list[Instruction]
@@ -326,14 +333,11 @@ class Coordinator:
         state.adapter = adapter
         state.snapshots[state.version] = Snapshot(adapter)
         cuts = step.cuts or (1.0,) * len(updates)
-        applied = tuple(
-            AppliedUpload(
-                *(entry.task_id, entry.client_id, entry.base_version, entry.staleness),
-                *(weight, entry.norm, cut),
-            )
-            for entry, weight, cut in zip(updates, step.weights, cuts, strict=True)
-        )
-        out.append(Publish(state.version, adapter, applied, step.notes, step.work))
+        applied = [
+            AppliedUpload(e.task_id, e.client_id, e.base_version, e.staleness, weight, e.norm, cut)
+            for e, weight, cut in zip(updates, step.weights, cuts, strict=True)
+        ]
+        out.append(Publish(state.version, adapter, tuple(applied), step.notes, step.work))
 
     # --- evaluation, timers, the end ------------------------------------------------------
 
@@ -343,7 +347,9 @@ class Coordinator:
             out.append(Evaluate(state.version, state.adapter))
 
     def _set_timer(self, state: CoordinatorState, out: list[Instruction]) -> None:
-        due_s = min(state.flush_due_s, self.settings.stop.max_time_s)
+        due_s, max_time_s = state.flush_due_s, self.settings.stop.max_time_s
+        if max_time_s < due_s:
+            due_s = max_time_s
         if state.deadlines or state.cooling:
             due_s = min(due_s, tasks.next_due_s(state))
         if due_s < state.wake_at_s:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import TypeAlias
 
 from alignfed.core.reasons import RejectReason
@@ -37,10 +38,16 @@ class ClientLeft:
 
 @value(frozen=True, slots=True)
 class UpdateArrived:
-    """An upload reached the server."""
+    """An upload reached the server.
+
+    Attributes:
+        distance: ``core.distance.distance`` of the whole upload from what its client was sent,
+            where the driver has worked it out for many at once; None leaves it to the coordinator.
+    """
 
     time_s: float
     update: Update
+    distance: float | None = field(default=None, compare=False)
 
 
 @value(frozen=True, slots=True)

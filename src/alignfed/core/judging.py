@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from alignfed.core.adapter import Adapter, distance, with_layout
+from alignfed.core.adapter import Adapter, with_layout
 from alignfed.core.admission import Rejection, check_numbers, check_origin, check_shape
+from alignfed.core.distance import distance
+from alignfed.core.events import UpdateArrived
 from alignfed.core.instructions import RejectReason
 from alignfed.core.lora.exchange import Exchange
-from alignfed.core.state import CoordinatorState, Snapshot
-from alignfed.core.update import Task, Update
+from alignfed.core.state import CoordinatorState
+from alignfed.core.update import Task
 
 
 def judge(
     state: CoordinatorState,
     exchange: Exchange,
-    update: Update,
+    event: UpdateArrived,
     task: Task | None,
-    snapshot: Snapshot | None,
 ) -> Rejection | tuple[Adapter, Adapter, float]:
     """Return why an upload is refused, or the pair that the rules see, and its norm."""
+    update = event.update
     if state.stopped is not None:
         return Rejection(RejectReason.RUN_STOPPED, f"the run ended: {state.stopped}")
+    snapshot = state.snapshots.get(update.base_version)
     if (
         task is None
         or snapshot is None
@@ -38,14 +41,25 @@ def judge(
         )
         assert stranger is not None
         return stranger
+    served = snapshot.adapter
+    if exchange.whole and not served.layout.folded:
+        # The usual case, in one step: what was sent is the server's, what came is all of it.
+        if (rejection := check_shape(update, served.layout)) is not None:
+            return rejection
+        # From here on equal layouts are one object, so that nobody compares them again.
+        adapter = with_layout(update.adapter, served.layout)
+        update_norm = event.distance
+        if update_norm is None:
+            update_norm = distance(adapter, served)
+        rejection = check_numbers(update, update_norm, state.norms)
+        return (adapter, served, update_norm) if rejection is None else rejection
     sent = snapshot.sent_to(exchange, update.client_id)
     expected = exchange.upload_layout(sent.layout)
     if (rejection := check_shape(update, expected)) is not None:
         return rejection
-    # From here on equal layouts are one object, so that nobody compares them again.
     upload = with_layout(update.adapter, expected)
     adapter = with_layout(exchange.complete(upload, sent), sent.layout)
     update_norm = distance(adapter, sent)
     if (rejection := check_numbers(update, update_norm, state.norms)) is not None:
         return rejection
-    return *exchange.compared(adapter, sent, snapshot.adapter), update_norm
+    return *exchange.compared(adapter, sent, served), update_norm

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
@@ -281,35 +281,27 @@ def scheduler_of(rule: AggregationRule) -> Scheduler | None:
     return scheduler
 
 
-def work_ahead(
-    rule: AggregationRule,
-    gathered: Any,
-    current: Adapter,
-    lora: LoraRule,
-    calibrator: Calibrator | None,
-) -> None:
-    """Let a rule do on an upload's arrival what need not wait for the flush; most have nothing.
+WorkAhead: TypeAlias = Callable[[Any, Adapter, LoraRule, Calibrator | None], None]
+"""Called with what the rule's ``receive`` returned last, the adapter that the flush will move, how
+factors combine, and what the flush will have to measure losses with."""
+
+
+def ahead_of(rule: AggregationRule) -> WorkAhead | None:
+    """Return what a rule does on an upload's arrival that need not wait for the flush.
 
     Such a rule has a method ``ahead(gathered, current, lora, calibrator)``, which changes what is
-    gathered in place. It saves the flush time and changes its result by rounding at most.
-
-    Args:
-        rule: the rule.
-        gathered: what its ``receive`` returned last.
-        current: the current version's adapter, which the flush will move.
-        lora: how factors combine.
-        calibrator: what the flush will have to measure losses with.
+    gathered in place. It saves the flush time and changes its result by rounding at most. Most
+    rules have nothing to do.
     """
-    ahead = getattr(rule, "ahead", None)
-    if ahead is not None:
-        ahead(gathered, current, lora, calibrator)
+    ahead: WorkAhead | None = getattr(rule, "ahead", None)
+    return ahead
 
 
 class AggregationRule(Protocol):
     """Three functions without a memory of their own: state in, state out.
 
     A rule may bring a ``scheduler`` (see ``Scheduler``), work ``ahead`` of its flush (see
-    ``work_ahead``) and a ``proximal_mu`` for local training.
+    ``ahead_of``) and a ``proximal_mu`` for local training.
 
     ``state`` lives from flush to flush. What is gathered lives from one flush to the next and
     holds the buffered adapters, or their sum, in whatever form the rule wants them; both are
@@ -370,6 +362,7 @@ __all__ = [
     "TaskWork",
     "TrainingJob",
     "TrainingResult",
+    "WorkAhead",
+    "ahead_of",
     "scheduler_of",
-    "work_ahead",
 ]

@@ -128,8 +128,7 @@ class Snapshot:
 
     def sent_to(self, exchange: Exchange, client_id: int) -> Adapter:
         """Return what a client starts from at this version; each rank's share is made once."""
-        rank = exchange.ranks.get(client_id)
-        if rank is None:
+        if not exchange.ranks or (rank := exchange.ranks.get(client_id)) is None:
             return self.adapter
         if rank not in self.sent:
             self.sent[rank] = exchange.sent(self.adapter, client_id)

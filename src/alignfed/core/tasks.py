@@ -44,25 +44,25 @@ def hand_out(
         state.idle = deque(ready)
     given: list[Task] = []
     idle, in_flight, version = state.idle, state.tasks, state.version
+    deadline_s = now_s + settings.task_timeout_s
     while idle and len(in_flight) < settings.concurrency:
         client_id = idle.popleft()
         record = state.clients[client_id]
         record.queued = False
         if not record.online:
             continue
-        task_id, steps = state.next_task_id, None
+        task_id, dispatch, steps = state.next_task_id, record.dispatches, None
         if scheduler is not None:
             steps = scheduler.assign(state.schedule, task_id, client_id, now_s)
-        deadline_s = now_s + settings.task_timeout_s
-        task = Task(task_id, client_id, version, record.dispatches, deadline_s, steps)
-        state.next_task_id += 1
-        record.dispatches += 1
+        task = Task(task_id, client_id, version, dispatch, deadline_s, steps)
+        state.next_task_id = task_id + 1
+        record.dispatches = dispatch + 1
         record.task_id = task_id
         in_flight[task_id] = task
-        state.snapshots[version].references += 1
-        if deadline_s < math.inf:
-            state.deadlines.append((deadline_s, task_id))
         given.append(task)
+    state.snapshots[version].references += len(given)
+    if deadline_s < math.inf:
+        state.deadlines.extend([(deadline_s, task.task_id) for task in given])
     if scheduler is not None:
         state.idle.extend(held)
         state.flush_due_s = scheduler.due_s(state.schedule)

@@ -8,8 +8,9 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from alignfed.core.events import EvaluationFinished, UpdateArrived
-from alignfed.core.instructions import Instruction, Publish, Reject
+from alignfed.core.events import EvaluationFinished
+from alignfed.core.instructions import Publish, Reject
+from alignfed.core.update import Update
 from alignfed.errors import JournalError
 from alignfed.journal.database import Database
 from alignfed.journal.rows import Fields, encode_mapping, integer, text
@@ -38,19 +39,24 @@ class DerivedTables:
         self._lines: list[str] = []
 
     def arrived(
-        self, seq: int, event: UpdateArrived, fields: Fields, refused: tuple[int, Reject] | None
+        self,
+        seq: int,
+        time_s: float,
+        update: Update,
+        fields: Fields,
+        refused: tuple[int, Reject] | None,
     ) -> None:
         """Note an upload.
 
         Args:
             seq: number of its row.
-            event: the upload.
+            time_s: when it arrived.
+            update: the upload.
             fields: what its row holds.
             refused: the row and the instruction that refused it, if any.
         """
-        update = event.update
         _, client_id, task_id, version, _ = fields
-        told = (seq, task_id, client_id, version, event.time_s, integer(update.num_examples))
+        told = (seq, task_id, client_id, version, time_s, integer(update.num_examples))
         if refused is None:
             self._buffered[update.task_id] = seq
             self._uploads[seq] = (*told, "buffered", seq, None, None, None, None, None, None)
@@ -71,9 +77,10 @@ class DerivedTables:
         Raises:
             JournalError: it applies an upload that never arrived, or was applied before.
         """
-        applied, version, uploads = publish.applied, publish.version, self._uploads
+        applied, version = publish.applied, publish.version
+        uploads, buffered = self._uploads, self._buffered
         for item in applied:
-            upload_seq = self._buffered.pop(item.task_id, None)
+            upload_seq = buffered.pop(item.task_id, None)
             if upload_seq is None:
                 raise JournalError(
                     f"version {version} applies task {item.task_id}, of which this journal"
@@ -82,10 +89,11 @@ class DerivedTables:
                     task_id=item.task_id,
                 )
             weight, norm = _finite(item.weight), _finite(item.norm)
-            why: tuple[str | None, str | None] = (None, None)
+            reason = detail = None
             if item.cut < 1.0:
-                why = ("cut", f"coefficient multiplied by {item.cut:.3g}, see the version's notes")
-            outcome = ("applied", seq, *why, version, item.staleness, weight, norm)
+                reason = "cut"
+                detail = f"coefficient multiplied by {item.cut:.3g}, see the version's notes"
+            outcome = ("applied", seq, reason, detail, version, item.staleness, weight, norm)
             if (waiting := uploads.get(upload_seq)) is not None:
                 uploads[upload_seq] = waiting[:_OUTCOME_AT] + outcome
             else:
@@ -163,11 +171,10 @@ def metrics_lines(database: Database) -> Iterator[str]:
 
 
 def find_refusal(
-    seq: int, event: UpdateArrived, instructions: Sequence[Instruction]
+    update: Update, derives: Sequence[tuple[int, Publish | Reject]]
 ) -> tuple[int, Reject] | None:
     """Return the row and the instruction that refuse the upload just arrived, if any do."""
-    update = event.update
-    for number, instruction in enumerate(instructions, seq + 1):
+    for number, instruction in derives:
         if (
             isinstance(instruction, Reject)
             and instruction.task_id == update.task_id

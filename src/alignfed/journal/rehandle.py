@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from alignfed.core.adapter import Adapter, distance, norm
+from alignfed.core.adapter import Adapter, norm
 from alignfed.core.coordinator import Coordinator
+from alignfed.core.distance import distance
 from alignfed.core.events import Event
 from alignfed.core.instructions import Instruction, Publish
 from alignfed.core.state import CoordinatorState

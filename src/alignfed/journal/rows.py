@@ -36,6 +36,7 @@ from alignfed.core.instructions import (
     SetTimer,
     Stop,
 )
+from alignfed.core.update import Update
 from alignfed.errors import JournalError
 
 Fields: TypeAlias = "tuple[str, int | None, int | None, int | None, str]"
@@ -84,9 +85,8 @@ def encode_event(event: Event) -> Fields:
     return encode(event)
 
 
-def encode_upload(event: UpdateArrived, checksum: str | None) -> Fields:
+def encode_upload(update: Update, checksum: str | None) -> Fields:
     """Return the row of an upload; it names the adapter by its checksum, where that is given."""
-    update = event.update
     metrics = encode_mapping(update.metrics)
     client_id, task_id = integer(update.client_id), integer(update.task_id)
     version, examples = integer(update.base_version), integer(update.num_examples)
@@ -233,7 +233,7 @@ _ENCODERS: dict[type, Callable[[Any], Fields]] = {
     RunStarted: lambda event: ("RunStarted", None, None, None, "{}"),
     ClientJoined: lambda event: ("ClientJoined", event.client_id, None, None, "{}"),
     ClientLeft: lambda event: ("ClientLeft", event.client_id, None, None, "{}"),
-    UpdateArrived: lambda event: encode_upload(event, None),
+    UpdateArrived: lambda event: encode_upload(event.update, None),
     TaskFailed: _task_failed,
     UploadRefused: _upload_refused,
     TimerFired: lambda event: ("TimerFired", None, None, None, "{}"),

@@ -151,29 +151,31 @@ class SqliteJournal:
         """
         tables = self._tables()
         time_s, wall, first = event.time_s, self._wall_clock(), self.seq + 1
-        refused = None
-        if isinstance(event, UpdateArrived):
-            refused = derived.find_refusal(first, event, instructions)
-            # A refused upload is never hashed: it may be huge, or not what it claims to be.
-            checksum = payload
-            if checksum is None and self._checksums and refused is None:
-                checksum = event.update.adapter.checksum
-            told = rows.encode_upload(event, checksum)
-        else:
-            told = rows.encode_event(event)
-        new: list[tuple[Any, ...]] = [(first, time_s, "event", *told, wall)]
-        chars, seq = len(told[4]), first
+        led_to: list[tuple[Any, ...]] = []
+        chars, seq = 0, first
         derives: list[tuple[int, Publish | Reject]] = []
         for instruction in instructions:
             seq += 1
             fields = rows.encode_instruction(instruction)
-            new.append((seq, time_s, "instruction", *fields, wall))
+            led_to.append((seq, time_s, "instruction", *fields, wall))
             chars += len(fields[4])
             if isinstance(instruction, (Publish, Reject)):
                 derives.append((seq, instruction))
+        refused = None
+        upload = event.update if isinstance(event, UpdateArrived) else None
+        if upload is None:
+            told = rows.encode_event(event)
+        else:
+            refused = derived.find_refusal(upload, derives) if derives else None
+            # A refused upload is never hashed: it may be huge, or not what it claims to be.
+            checksum = payload
+            if checksum is None and self._checksums and refused is None:
+                checksum = upload.adapter.checksum
+            told = rows.encode_upload(upload, checksum)
+        chars += len(told[4])
         try:
-            if isinstance(event, UpdateArrived):
-                tables.arrived(first, event, told, refused)
+            if upload is not None:
+                tables.arrived(first, time_s, upload, told, refused)
             elif isinstance(event, EvaluationFinished):
                 tables.evaluated(first, event)
             for number, made in derives:
@@ -181,7 +183,9 @@ class SqliteJournal:
                     tables.published(number, time_s, made)
                 elif refused is None or refused[0] != number:
                     tables.rejected(number, time_s, made)
-            self._waiting.extend(new)
+            waiting = self._waiting
+            waiting.append((first, time_s, "event", *told, wall))
+            waiting += led_to
             self.seq = seq
         except BaseException:
             # An interrupt in here leaves half an event in memory, which must not reach the disk.

@@ -132,9 +132,14 @@ class Engine:
             parts.journal,
             cohort_size=parts.cohort_size,
             held=parts.lookahead,
+            measures=parts.coordinator.exchange.whole,
         )
+        for running in self._state.running.values():
+            if running.result is None:
+                self._lookahead.add(running)
         # Accepted uploads bring the run nearer to its end, or answers where those do.
         self._progress = attrgetter("accepted" if math.isinf(stop.max_uploads) else "received")
+        self._reached = self._progress(self._state.coordinator)
 
     def snapshot(self) -> EngineState:
         """Return the complete state, to be written down before the next step.
@@ -180,13 +185,14 @@ class Engine:
             state.now_s, event = self._clock.pop()
         except IndexError:
             return False
-        before = progress(state.coordinator)
         _ON_CLOCK[type(event)](self, event)
-        if progress(state.coordinator) == before:
+        reached = progress(state.coordinator)
+        if reached == self._reached:
             self._note_idle()
         elif state.idle_events:
             state.idle.clear()
             state.idle_events = 0
+        self._reached = reached
         self._happened.clear()
         return state.coordinator.stopped is None
 
@@ -216,21 +222,21 @@ class Engine:
         running = state.running.get(task_id)
         if running is None:
             return
-        self._lookahead.compute(running, state)
+        distance = self._lookahead.compute(running, state)
         result, task = running.result, running.task
         assert result is not None
         client_id = task.client_id
         del state.running[task_id], state.on_device[client_id]
         exchange = self._parts.coordinator.exchange
         upload = exchange.upload(result.adapter)
-        if (kept := exchange.kept(result.adapter)) is not None:
+        if exchange.keeps and (kept := exchange.kept(result.adapter)) is not None:
             state.kept[client_id] = kept
         state.uploaded_bytes += upload.layout.size_bytes
         state.trained_tokens += running.tokens
         update = Update(
             task_id, client_id, task.base_version, upload, result.num_examples, result.metrics
         )
-        self._handle(UpdateArrived(self._server_time(), update))
+        self._handle(UpdateArrived(self._server_time(), update, distance))
 
     def _on_timer_fired(self, timer: TimerFired) -> None:
         self._handle(TimerFired(self._server_time()))
@@ -327,9 +333,10 @@ class Engine:
             reason = str(times.lost_reason)
             reported = reason != "failure"
             self._clock.schedule(times.lost_at_s, TaskLost(task_id, reason, reported))
-        if (kept := state.kept.get(client_id)) is not None:
-            start = exchange.rejoin(start, kept)
-        state.running[task_id] = RunningTask(task, start, arrival_s, work.tokens)
+        if exchange.keeps:
+            start = exchange.rejoin(start, state.kept.get(client_id))
+        running = state.running[task_id] = RunningTask(task, start, arrival_s, work.tokens)
+        self._lookahead.add(running)
 
     def _abandon(self, device_id: int) -> None:
         """A device that is given new work drops what the server no longer waits for."""

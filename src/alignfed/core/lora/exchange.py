@@ -44,6 +44,8 @@ class Exchange:
         cut: how an adapter is made for a lower rank; None where all clients have the server's.
         pads: whether updates of lower rank are filled up with zeros for the rules.
         ranks: rank by client, where it is not the server's.
+        whole: whether every trained direction travels, at one rank: nothing is cut, filled up or
+            kept back.
     """
 
     uploaded: Part = "both"
@@ -52,6 +54,12 @@ class Exchange:
     cut: Cut | None = None
     pads: bool = False
     ranks: Mapping[int, int] = field(default_factory=dict)
+    whole: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Work out what is asked for with every upload."""
+        whole = self.uploaded == "both" and not self.keeps and not self.ranks
+        object.__setattr__(self, "whole", whole)
 
     def with_ranks(self, ranks: Mapping[int, int]) -> Exchange:
         """Return the same exchange with a rank for each client.
@@ -110,6 +118,8 @@ class Exchange:
         A factor that never changes travels down once (FFA-LoRA's A, with the client's first task);
         one that is the client's own never does (FedSA-LoRA's B).
         """
+        if self.whole and not sent.folded:
+            return sent.size_bytes, sent.size_bytes
         up_bytes = self.upload_layout(sent).size_bytes
         if self.uploaded == "both" or (first and not self.keeps):
             return sent.size_bytes, up_bytes

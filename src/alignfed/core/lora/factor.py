@@ -6,6 +6,7 @@ factors is not the mean of products; the difference is small while all updates s
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -138,8 +139,8 @@ def _add_waiting(total: FactorSum) -> None:
         buffers = [adapter.buffers[dtype] for _, adapter in total.waiting]
         if len(buffers) > WAITING_UPDATES and sums.numel() * len(buffers) <= WAITING_BYTES:
             rows = torch.stack(buffers).float()
-            coefficients = torch.tensor([c for c, _ in total.waiting], dtype=torch.float32)
-            sums.addmv_(rows.T, coefficients)
+            coefficients = array("f", [coefficient for coefficient, _ in total.waiting])
+            sums.addmv_(rows.T, torch.frombuffer(coefficients, dtype=torch.float32))
             continue
         added = [pieces(buffer) for buffer in buffers]
         for number, piece in enumerate(pieces(sums)):
