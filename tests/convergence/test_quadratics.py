@@ -156,7 +156,7 @@ def test_the_guard_sees_shares_of_the_loss_and_so_not_far_below_what_remains(lor
         return last(losses)
 
     assert end() < 0.2 * floor
-    assert end(harm_tolerance=0.0) < 0.01 * floor
+    assert end(harm_tolerance=0.0) < 0.03 * floor
 
 
 @every_lora

@@ -8,7 +8,7 @@ from alignfed.core.aggregation import carried_step, compared, make_rule
 from alignfed.core.aggregation.compared import ComparedUpdates, is_sketched
 from alignfed.core.lora import FactorMean, make_lora_rule
 from alignfed.core.lora.factor import FactorSum
-from alignfed.core.ports import Flush, work_ahead
+from alignfed.core.ports import Flush, ahead_of
 from alignfed.journal import Codec
 from tests.contract.flushes import Given, entry, flush
 from tests.core.adapters import moved
@@ -67,7 +67,7 @@ def arrived(rule, given: Given, *, ahead: bool = True) -> tuple[ComparedUpdates,
     for known, one in zip(entries, given.updates, strict=True):
         gathered = rule.receive(gathered, known, one.update.adapter, one.base, given.lora)
         if ahead:
-            work_ahead(rule, gathered, given.adapter, given.lora, given.calibrator)
+            ahead_of(rule)(gathered, given.adapter, given.lora, given.calibrator)
     return gathered, Flush(
         given.version, given.adapter, entries, given.mean_uploads, given.clients, given.lora
     )
@@ -117,7 +117,7 @@ def test_every_upload_is_sketched_when_it_arrives_and_never_again():
     gathered, before = None, []
     for one in given.updates:
         gathered = rule.receive(gathered, one.entry(), one.update.adapter, one.base, given.lora)
-        work_ahead(rule, gathered, given.adapter, given.lora, given.calibrator)
+        ahead_of(rule)(gathered, given.adapter, given.lora, given.calibrator)
         assert all(a is b for a, b in zip(before, gathered.sketches, strict=False))
         before = list(gathered.sketches)
         assert len(before) == len(gathered.entries)
@@ -142,7 +142,7 @@ def test_sketches_survive_a_checkpoint_to_the_bit():
     resumed = codec.decode(codec.encode(arrived(rule, cut)[0]))
     for one in given.updates[8:]:
         resumed = rule.receive(resumed, one.entry(), one.update.adapter, one.base, given.lora)
-        work_ahead(rule, resumed, given.adapter, given.lora, given.calibrator)
+        ahead_of(rule)(resumed, given.adapter, given.lora, given.calibrator)
     steps = [rule.apply(rule.init(given.adapter), one, asked)[1] for one in (whole, resumed)]
     assert steps[0].weights == steps[1].weights
     assert steps[0].adapter.checksum == steps[1].adapter.checksum
