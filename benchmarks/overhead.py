@@ -49,21 +49,34 @@ IDLE_S = 0.01
 """Processor seconds in half a second below which a process counts as idle."""
 
 
-def children_s() -> float:
-    """Return the processor seconds of all processes below this one."""
-    total = 0.0
+def children_s() -> dict[int, float]:
+    """Return the processor seconds of each process below this one."""
+    found = {}
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            total += sum(child.cpu_times()[:2])
-    return total
+            found[child.pid] = sum(child.cpu_times()[:2])
+    return found
 
 
 def settle() -> None:
     """Wait until the processes below this one have nothing to do."""
-    used_s = -1.0
-    while (now_s := children_s()) - used_s > IDLE_S:
-        used_s = now_s
+    used = -1.0
+    while (now_s := sum(children_s().values())) - used > IDLE_S:
+        used = now_s
         time.sleep(0.5)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Elapsed seconds, this process's processor seconds, and those of each process below it."""
+
+    elapsed_s: float
+    used_s: float
+    children_s: dict[int, float]
+
+
+def now() -> Moment:
+    return Moment(time.perf_counter(), time.process_time(), children_s())
 
 
 @dataclass
@@ -71,26 +84,24 @@ class Stopwatch:
     """Seconds by what they were spent on, between the first dispatch and the last flush.
 
     Attributes:
-        begun: elapsed, own processor and workers' processor seconds at the first dispatch.
-        flushed: the same at the last flush.
-        evaluated_s: elapsed and processor seconds of evaluations before it.
-        trained_s: ``training_s`` at the last flush.
-        elapsed_s: by name, on the wall.
+        begun: the first dispatch.
+        flushed: the last flush.
+        evaluated_s: processor seconds of evaluations before it.
+        worked_s: ``busy_s`` at the last flush.
         used_s: by name, of this process's processor time.
         calls: by name.
-        under_way: training passes given to workers and not finished.
-        training_s: elapsed seconds in which at least one pass was under way.
+        under_way: training passes given to workers and not finished, and evaluations.
+        busy_s: elapsed seconds in which at least one of them was under way.
     """
 
-    begun: tuple[float, float, float] | None = None
-    flushed: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    evaluated_s: tuple[float, float] = (0.0, 0.0)
-    trained_s: float = 0.0
-    elapsed_s: dict[str, float] = field(default_factory=dict)
+    begun: Moment | None = None
+    flushed: Moment | None = None
+    evaluated_s: float = 0.0
+    worked_s: float = 0.0
     used_s: dict[str, float] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     under_way: int = 0
-    training_s: float = 0.0
+    busy_s: float = 0.0
     _since_s: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -98,40 +109,32 @@ class Stopwatch:
         """Note the first dispatch."""
         if self.begun is None:
             settle()
-            self.begun = now()
+            self.begun, self.busy_s = now(), 0.0
 
     def flush(self) -> None:
         """Note where things stand at a flush."""
         self.passes(0)
-        self.flushed, self.trained_s = now(), self.training_s
-        self.evaluated_s = self.elapsed_s.get("evaluation", 0.0), self.used_s.get("evaluation", 0.0)
+        self.flushed, self.worked_s = now(), self.busy_s
+        self.evaluated_s = self.used_s.get("evaluation", 0.0)
 
     @contextlib.contextmanager
     def timing(self, name: str) -> Iterator[None]:
         """Count what happens within, once the first dispatch is over."""
-        elapsed_s, used_s = time.perf_counter(), time.process_time()
+        used_s = time.process_time()
         yield
         if self.begun is None:  # version 0 is scored before the first dispatch
             return
-        for into, spent_s in (
-            (self.elapsed_s, time.perf_counter() - elapsed_s),
-            (self.used_s, time.process_time() - used_s),
-        ):
-            into[name] = into.get(name, 0.0) + spent_s
+        self.used_s[name] = self.used_s.get(name, 0.0) + time.process_time() - used_s
         self.calls[name] = self.calls.get(name, 0) + 1
 
     def passes(self, more: int) -> None:
-        """Note that a pass begins (1) or ends (-1); workers' threads call it too."""
+        """Note that one begins (1) or ends (-1); workers' threads call it too."""
         with self._lock:
             at_s = time.perf_counter()
             if self.under_way:
-                self.training_s += at_s - self._since_s
+                self.busy_s += at_s - self._since_s
             self.under_way += more
             self._since_s = at_s
-
-
-def now() -> tuple[float, float, float]:
-    return time.perf_counter(), time.process_time(), children_s()
 
 
 @dataclass(frozen=True)
@@ -201,8 +204,11 @@ def timed(simulation: Simulation, watch: Stopwatch) -> Simulation:
     def timed_evaluate(adapter: Adapter) -> Evaluation:
         # A run ends with an evaluation of what its last flush made.
         watch.flush()
+        watch.passes(1)
         with watch.timing("evaluation"):
-            return evaluate(adapter)
+            found = evaluate(adapter)
+        watch.passes(-1)
+        return found
 
     if calibrator is not None:
         parts = replace(
@@ -224,20 +230,20 @@ def run(overrides: Sequence[str]) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as directory:
         result = api.simulate(None, Path(directory) / "run", overrides=overrides, build=build)
-    assert watch.begun is not None
-    whole_s, own_s, workers_s = (
-        end - begin for end, begin in zip(watch.flushed, watch.begun, strict=True)
-    )
-    evaluation_s, evaluation_used_s = watch.evaluated_s
+    begun, flushed = watch.begun, watch.flushed
+    assert begun is not None and flushed is not None
+    whole_s, own_s = flushed.elapsed_s - begun.elapsed_s, flushed.used_s - begun.used_s
+    workers_s = sum(s - begun.children_s.get(pid, 0.0) for pid, s in flushed.children_s.items())
+    evaluation_s = watch.evaluated_s
     training_used_s = watch.used_s.get("training", 0.0)
-    overhead_s = own_s - training_used_s - evaluation_used_s
+    overhead_s = own_s - training_used_s - evaluation_s
     calibration_s = watch.used_s.get("calibration", 0.0)
     return {
         "share_outside_training": overhead_s / (own_s + workers_s),
-        "share_of_elapsed": (whole_s - watch.trained_s - evaluation_s) / whole_s,
+        "share_of_elapsed": (whole_s - watch.worked_s) / whole_s,
         "elapsed_s": whole_s,
         "training_s": workers_s + training_used_s,
-        "evaluation_s": evaluation_used_s,
+        "evaluation_s": evaluation_s,
         "calibration_s": calibration_s,
         "rest_s": overhead_s - calibration_s,
         "calls": dict(watch.calls),
