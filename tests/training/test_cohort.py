@@ -86,8 +86,8 @@ def require_equal(jobs, alone, together):
     for one, expected, found in zip(jobs, alone, together, strict=True):
         assert found.adapter.layout == one.adapter.layout
         assert found.num_examples == expected.num_examples
-        # Adam divides a gradient by its own size: one that is nothing but rounding moves its element
-        # as far as any other.
+        # Adam divides a gradient by its own size: one that is nothing but rounding moves its
+        # element as far as any other.
         assert found.metrics == pytest.approx(expected.metrics, rel=5e-4)
         moved_by = norm(difference(expected.adapter, one.adapter))
         assert moved_by > 1e-3
