@@ -17,6 +17,7 @@ from alignfed.core.ports import (
     Flush,
     LoraRule,
     Step,
+    ahead_of,
 )
 from alignfed.core.update import Update
 from tests.core.adapters import make_adapter, moved
@@ -84,21 +85,32 @@ class Given:
     calibrator: Calibrator | None = None
 
 
-def aggregate(rule: AggregationRule, state: Any, given: Given) -> tuple[Any, Step]:
-    """Let every upload arrive, then flush, as the coordinator does."""
-    entries, gathered = [arrival.entry() for arrival in given.updates], None
-    for known, arrival in zip(entries, given.updates, strict=True):
-        gathered = rule.receive(gathered, known, arrival.update.adapter, arrival.base, given.lora)
-    flush = Flush(
+def arrived(rule: AggregationRule, given: Given, *, ahead: bool = False) -> tuple[Any, Flush]:
+    """Let every upload arrive; return what the rule gathered, and the flush to come.
+
+    With ``ahead`` the rule also does what need not wait for the flush, as in the coordinator.
+    """
+    entries, gathered = tuple(arrival.entry() for arrival in given.updates), None
+    for known, one in zip(entries, given.updates, strict=True):
+        gathered = rule.receive(gathered, known, one.update.adapter, one.base, given.lora)
+        if ahead:
+            work = ahead_of(rule)
+            assert work is not None, "this rule has nothing to do ahead of its flush"
+            work(gathered, given.adapter, given.lora, given.calibrator)
+    return gathered, Flush(
         given.version,
         given.adapter,
-        tuple(entries),
+        entries,
         given.mean_uploads,
         given.clients,
         given.lora,
         given.calibrator,
     )
-    return rule.apply(state, gathered, flush)
+
+
+def aggregate(rule: AggregationRule, state: Any, given: Given) -> tuple[Any, Step]:
+    """Let every upload arrive, then flush."""
+    return rule.apply(state, *arrived(rule, given))
 
 
 def entry(

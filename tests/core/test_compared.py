@@ -5,13 +5,12 @@ import torch
 
 from alignfed.core.adapter import Adapter, inner_product
 from alignfed.core.aggregation import carried_step, carrying, compared, make_rule
-from alignfed.core.aggregation.compared import ComparedUpdates
 from alignfed.core.aggregation.transport import carry
 from alignfed.core.lora import FactorMean, make_lora_rule
 from alignfed.core.lora.factor import FactorSum
-from alignfed.core.ports import Flush, ahead_of
+from alignfed.core.ports import ahead_of
 from alignfed.journal import Codec
-from tests.contract.flushes import Given, aggregate, entry, flush, stale_flush
+from tests.contract.flushes import Given, aggregate, arrived, entry, flush, stale_flush
 from tests.core.adapters import make_adapter, moved
 
 torch.set_num_threads(1)
@@ -29,18 +28,6 @@ def many(count: int = 23, *, dtype: torch.dtype = torch.float32, scale: float = 
             for i, age in enumerate(ages)
         ],
         FactorMean(),
-    )
-
-
-def arrived(rule, given: Given, *, ahead: bool) -> tuple[ComparedUpdates, Flush]:
-    gathered = None
-    entries = tuple(arrival.entry() for arrival in given.updates)
-    for known, one in zip(entries, given.updates, strict=True):
-        gathered = rule.receive(gathered, known, one.update.adapter, one.base, given.lora)
-        if ahead:
-            ahead_of(rule)(gathered, given.adapter, given.lora, given.calibrator)
-    return gathered, Flush(
-        given.version, given.adapter, entries, given.mean_uploads, given.clients, given.lora
     )
 
 

@@ -5,12 +5,12 @@ import torch
 
 from alignfed.core.adapter import Adapter, LoraFactors
 from alignfed.core.aggregation import carried_step, compared, make_rule
-from alignfed.core.aggregation.compared import ComparedUpdates, is_sketched
+from alignfed.core.aggregation.compared import is_sketched
 from alignfed.core.lora import FactorMean, make_lora_rule
 from alignfed.core.lora.factor import FactorSum
-from alignfed.core.ports import Flush, ahead_of
+from alignfed.core.ports import ahead_of
 from alignfed.journal import Codec
-from tests.contract.flushes import Given, entry, flush
+from tests.contract.flushes import Given, arrived, entry, flush
 from tests.core.adapters import moved
 
 torch.set_num_threads(1)
@@ -61,21 +61,9 @@ def many(count: int = 14, lora=None, *, scale: float = 0.01) -> Given:
     return flush(current, arrivals, lora or FactorMean())
 
 
-def arrived(rule, given: Given, *, ahead: bool = True) -> tuple[ComparedUpdates, Flush]:
-    gathered = None
-    entries = tuple(arrival.entry() for arrival in given.updates)
-    for known, one in zip(entries, given.updates, strict=True):
-        gathered = rule.receive(gathered, known, one.update.adapter, one.base, given.lora)
-        if ahead:
-            ahead_of(rule)(gathered, given.adapter, given.lora, given.calibrator)
-    return gathered, Flush(
-        given.version, given.adapter, entries, given.mean_uploads, given.clients, given.lora
-    )
-
-
 def step_of(given: Given, **settings):
     rule = make_rule("alignfed", **settings)
-    gathered, asked = arrived(rule, given)
+    gathered, asked = arrived(rule, given, ahead=True)
     return rule.apply(rule.init(given.adapter), gathered, asked)[1]
 
 
@@ -86,7 +74,7 @@ def test_small_adapters_are_compared_exactly():
     assert not is_sketched(given.adapter, count // 8 + 1)
     assert not is_sketched(given.adapter, 0)
     rule = make_rule("alignfed")
-    gathered, asked = arrived(rule, given)
+    gathered, asked = arrived(rule, given, ahead=True)
     assert not gathered.sketches
     assert gathered.compared == 4
     default = rule.apply(rule.init(given.adapter), gathered, asked)[1]
@@ -136,10 +124,10 @@ def test_sketching_at_the_flush_gives_the_same_bits():
 
 def test_sketches_survive_a_checkpoint_to_the_bit():
     rule, given = make_rule("alignfed", sketch_buckets=BUCKETS), many()
-    whole, asked = arrived(rule, given)
+    whole, asked = arrived(rule, given, ahead=True)
     cut = Given(**{**vars(given), "updates": given.updates[:8]})
     codec = Codec()
-    resumed = codec.decode(codec.encode(arrived(rule, cut)[0]))
+    resumed = codec.decode(codec.encode(arrived(rule, cut, ahead=True)[0]))
     for one in given.updates[8:]:
         resumed = rule.receive(resumed, one.entry(), one.update.adapter, one.base, given.lora)
         ahead_of(rule)(resumed, given.adapter, given.lora, given.calibrator)
@@ -150,7 +138,7 @@ def test_sketches_survive_a_checkpoint_to_the_bit():
 
 def test_a_sketched_update_keeps_its_exact_length_or_less():
     rule, given = make_rule("alignfed", sketch_buckets=BUCKETS), many(12)
-    gathered, _ = arrived(rule, given)
+    gathered, _ = arrived(rule, given, ahead=True)
     compared.compare_sketches(gathered)
     lengths = compared.carried(gathered).gram.diagonal().sqrt()
     for length, known in zip(lengths.tolist(), gathered.entries, strict=True):
@@ -166,7 +154,7 @@ def test_updates_far_smaller_than_their_base_have_their_angles(scale):
     grams = []
     for settings in ({"sketch_buckets": 0}, {"sketch_buckets": BUCKETS}):
         rule = make_rule("alignfed", alignment=False, **settings)
-        gathered, _ = arrived(rule, given)
+        gathered, _ = arrived(rule, given, ahead=True)
         if gathered.sketches:
             compared.compare_sketches(gathered)
         else:
@@ -180,7 +168,7 @@ def test_updates_far_smaller_than_their_base_have_their_angles(scale):
 
 def test_the_step_of_sketched_updates_is_the_weighted_sum_of_carried_ones():
     rule, given = make_rule("alignfed", sketch_buckets=BUCKETS), many(14)
-    gathered, _ = arrived(rule, given)
+    gathered, _ = arrived(rule, given, ahead=True)
     compared.compare_sketches(gathered)
     shortened = compared.carried(gathered).shortened
     coefficients = [0.1 * (i % 5) for i in range(14)]

@@ -30,6 +30,12 @@ def reasons(reader: RunReader) -> dict[str, int]:
         return dict(reader.rejections())
 
 
+def undeliverable(device: FakeDevice, order: Order) -> object:
+    """Answer for a device that does the task and cannot deliver its upload."""
+    FakeDevice.honest(device, order)
+    return Error(code=5, reason="node gone")
+
+
 def task_orders(server: Server) -> list[tuple[int, TaskOrder]]:
     return [(node, order) for node, order in server.grid.pushed if isinstance(order, TaskOrder)]
 
@@ -102,10 +108,6 @@ def test_who_is_away_with_a_finished_task_when_the_run_ends_is_waited_for_and_re
     server = serve(
         tmp_path, 2, make_coordinator(uploads=4, concurrency=2, buffer_size=4), settings=settings
     )
-
-    def undeliverable(device: FakeDevice, order: Order) -> object:
-        FakeDevice.honest(device, order)
-        return Error(code=5, reason="node gone")
 
     away = server.devices[100]
     away.answer = undeliverable  # type: ignore[assignment]
@@ -246,10 +248,6 @@ def test_an_upload_finished_while_away_comes_with_a_collection_and_is_not_lost(
         make_coordinator(uploads=30, concurrency=1, retry_backoff_s=5.0),
         settings=settings,
     )
-
-    def undeliverable(device: FakeDevice, order: Order) -> object:
-        FakeDevice.honest(device, order)
-        return Error(code=5, reason="node gone")
 
     device = server.devices[100]
     device.answer = undeliverable  # type: ignore[assignment]
