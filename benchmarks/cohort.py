@@ -36,6 +36,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from measure import interleaved, publish, spread
 from peft import LoraConfig, get_peft_model
+from plain_loop import labels_of, train_plainly
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
@@ -89,9 +90,10 @@ def full_examples(client: int, count: int) -> tuple[Example, ...]:
 
 
 class PlainLoop:
-    """Fine-tuning as one would write it with PEFT and torch."""
+    """A model that one client after another trains from a common start with a plain loop."""
 
-    def __init__(self, folder: str, start: Adapter) -> None:
+    def __init__(self, folder: str, start: Adapter, settings: LocalSettings) -> None:
+        self.settings = settings
         model = AutoModelForCausalLM.from_pretrained(folder)
         model.config.use_cache = False
         config = LoraConfig(
@@ -111,19 +113,8 @@ class PlainLoop:
         with torch.no_grad():
             for parameter, values in self.start:
                 parameter.copy_(values)
-        optimiser = torch.optim.AdamW(
-            self.parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True
-        )
-        losses = []
-        for ids, labels in batches:
-            optimiser.zero_grad(set_to_none=True)
-            mask = torch.ones_like(ids)
-            loss = self.model(input_ids=ids, attention_mask=mask, labels=labels).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            optimiser.step()
-            losses.append(loss.item())
-        return losses
+        masked = ((ids, torch.ones_like(ids), labels) for ids, labels in batches)
+        return train_plainly(self.model, self.parameters, masked, self.settings)
 
 
 def compare(size: str, folder: str, repeats: int) -> dict[str, Any]:
@@ -145,9 +136,7 @@ def compare(size: str, folder: str, repeats: int) -> dict[str, Any]:
         made = []
         for batch in trainer.alone.data.batches(client, plan):
             assert batch.input_ids.shape == (BATCH_SIZE, LENGTH)
-            labels = torch.full_like(batch.input_ids, -100)
-            labels.view(-1)[batch.positions + 1] = batch.targets
-            made.append((batch.input_ids, labels))
+            made.append((batch.input_ids, labels_of(batch)))
         batches.append(made)
     whole = [
         tuple(torch.cat([one[step][part] for one in batches]) for part in range(2))
@@ -164,7 +153,7 @@ def compare(size: str, folder: str, repeats: int) -> dict[str, Any]:
         trainer=partial(CohortTrainer, width=WORKER_WIDTH),
     )
     pool = PoolTrainer(setup, trainer.work, usable_cores())
-    plain = PlainLoop(folder, start)
+    plain = PlainLoop(folder, start, settings)
     width = trainer.choose_width(jobs)
     last: dict[str, list[float]] = {}
 

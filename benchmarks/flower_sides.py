@@ -144,29 +144,17 @@ class PlainTrainer:
         return [self._train_one(job) for job in jobs]
 
     def _train_one(self, job: Any) -> Any:
-        import torch
+        from plain_loop import labels_of, train_plainly
 
         from alignfed.core.ports import TrainingResult
 
-        settings = self._settings
         self._base.install(job.adapter)
-        optimiser = torch.optim.AdamW(
-            self._parameters,
-            lr=settings.learning_rate,
-            betas=(settings.beta1, settings.beta2),
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
         plan = self._data.plan(job.task.client_id, job.task.dispatch)
-        for batch in self._data.batches(job.task.client_id, plan):
-            labels = torch.full_like(batch.input_ids, -100)
-            labels.view(-1)[batch.positions + 1] = batch.targets
-            optimiser.zero_grad(set_to_none=True)
-            self._model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels
-            ).loss.backward()
-            torch.nn.utils.clip_grad_norm_(self._parameters, settings.max_grad_norm)
-            optimiser.step()
+        batches = (
+            (batch.input_ids, batch.attention_mask, labels_of(batch))
+            for batch in self._data.batches(job.task.client_id, plan)
+        )
+        train_plainly(self._model, self._parameters, batches, self._settings)
         return TrainingResult(self._base.read(like=job.adapter.layout), plan.num_examples)
 
 
