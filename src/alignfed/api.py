@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +65,16 @@ def simulate(
         )
     began_s = time.monotonic()
     files = fingerprint_files(recipe)
-    simulation = build(recipe)
-    text = simulation.recipe.to_toml()
-    _make_directory(place.root)
-    write_text_atomically(place.recipe, text)
-    inputs = json.dumps({**files, CONTENT: fingerprint_examples(simulation)})
-    facts = facts_of(simulation.parts.coordinator, keep_payloads=keep_payloads)
-    meta = RunMeta(__version__, _sha256(text), recipe.seed, inputs, facts.to_text())
-    with SqliteJournal.create(place.root, meta) as journal:
-        run = Run(simulation, place, journal, view or SilentView(), began_s, checkpoint_every_s)
-        return run.go_on(None, resumed=False)
+    with closing(build(recipe)) as simulation:
+        text = simulation.recipe.to_toml()
+        _make_directory(place.root)
+        write_text_atomically(place.recipe, text)
+        inputs = json.dumps({**files, CONTENT: fingerprint_examples(simulation)})
+        facts = facts_of(simulation.parts.coordinator, keep_payloads=keep_payloads)
+        meta = RunMeta(__version__, _sha256(text), recipe.seed, inputs, facts.to_text())
+        with SqliteJournal.create(place.root, meta) as journal:
+            run = Run(simulation, place, journal, view or SilentView(), began_s, checkpoint_every_s)
+            return run.go_on(None, resumed=False)
 
 
 def resume(
@@ -112,14 +113,14 @@ def resume(
         known = journal.meta.get("inputs", "{}")
         if journal.meta["recipe_sha256"] == recipe_sha256:  # else recovery refuses by the recipe
             refuse_changes(known, files, place.root)
-        simulation = build(recipe)
-        run = Run(simulation, place, journal, view, began_s, checkpoint_every_s)
-        recovered = run.checkpoints.recover(recipe_sha256=recipe_sha256)
-        examples = {CONTENT: fingerprint_examples(simulation)}
-        refuse_changes(known, {**files, **examples}, place.root)
-        run.warnings = (*warnings, *recovered.warnings)
-        run.expected_cohorts.extend(recovered.undone_cohorts)
-        return run.go_on(recovered.state, resumed=True)
+        with closing(build(recipe)) as simulation:
+            run = Run(simulation, place, journal, view, began_s, checkpoint_every_s)
+            recovered = run.checkpoints.recover(recipe_sha256=recipe_sha256)
+            examples = {CONTENT: fingerprint_examples(simulation)}
+            refuse_changes(known, {**files, **examples}, place.root)
+            run.warnings = (*warnings, *recovered.warnings)
+            run.expected_cohorts.extend(recovered.undone_cohorts)
+            return run.go_on(recovered.state, resumed=True)
 
 
 def _whole_summary(place: RunDirectory, recipe_sha256: str) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -83,6 +83,7 @@ class Simulation:
         parts: what the engine is made of, without a journal.
         personal: scores clients' own adapters, where the LoRA rule leaves them a part.
         notes: what somebody who watches the run should know.
+        let_go: what ends with it; nothing where it was built from what others share.
     """
 
     recipe: Recipe
@@ -93,6 +94,12 @@ class Simulation:
     parts: EngineParts
     personal: PersonalEvaluator | None = None
     notes: tuple[str, ...] = ()
+    let_go: Callable[[], None] | None = None
+
+    def close(self) -> None:
+        """End the workers that were started for it. May be repeated."""
+        if self.let_go is not None:
+            self.let_go()
 
     @property
     def initial_adapter(self) -> Adapter:
@@ -105,12 +112,17 @@ class Simulation:
 
 
 def build_simulation(recipe: Recipe) -> Simulation:
-    """Load data and model, and put the run together. Writes nothing.
+    """Load data and model, and put the run together. Writes nothing. Close it when done.
 
     Raises:
         AlignFedError: what the recipe names does not exist or does not fit together.
     """
-    return assemble(load(recipe), recipe)
+    loaded = load(recipe)
+    try:
+        return replace(assemble(loaded, recipe), let_go=loaded.placed.close)
+    except BaseException:
+        loaded.placed.close()
+        raise
 
 
 def load(recipe: Recipe) -> Loaded:

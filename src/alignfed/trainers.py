@@ -60,6 +60,11 @@ class Placed:
     lookahead: int
     notes: tuple[str, ...] = ()
 
+    def close(self) -> None:
+        """Let the trainer's workers go, where it has any. May be repeated."""
+        if isinstance(self.trainer, PoolTrainer | RayTrainer):
+            self.trainer.close()
+
 
 def make_trainer(
     recipe: Recipe,

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
 @pytest.mark.slow
 def test_rays_workers_give_the_very_same_run(tmp_path, monkeypatch):
-    pytest.importorskip("ray", reason="Ray is not installed: pip install alignfed[ray]")
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install alignfed[ray]")
     monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     before = os.environ.get("RAY_USAGE_STATS_ENABLED")
     here = alignfed.simulate(None, tmp_path / "here", overrides=[*FEW, "training.workers=1"])
@@ -25,6 +25,7 @@ def test_rays_workers_give_the_very_same_run(tmp_path, monkeypatch):
         tmp_path / "there",
         overrides=[*FEW, "training.workers=2", "training.workers_on=ray"],
     )
+    assert not ray.is_initialized(), "the run ends what it started"
     assert there.summary["adapter_checksum"] == here.summary["adapter_checksum"]
     training = alignfed.load_recipe(there.directory / "recipe.toml").training
     assert (training.workers, training.threads, training.workers_on) == (2, 1, "ray")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import subprocess
 import sys
 import threading
@@ -167,6 +168,8 @@ def test_a_cohort_of_one_gives_the_same_bits_wherever_it_is_trained(tmp_path):
         for name, workers in (("here", 1), ("there", 2))
     )
     assert here.summary["adapter_checksum"] == there.summary["adapter_checksum"]
+    names = [process.name for process in multiprocessing.active_children()]
+    assert not names, "a run ends the workers it started"
 
 
 @pytest.mark.slow
