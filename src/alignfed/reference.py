@@ -66,9 +66,10 @@ def synchronous_reference(simulation: Simulation, uploads: int) -> EngineParts:
     rule: AggregationRule = make_rule("fedavg")
     own = parts.coordinator.settings
     # An asynchronous buffer's age is no limit for a round: a round ends when everybody answered.
+    # FedAvg as published gives everybody the same steps.
     timeout_s = own.flush_timeout_s if parts.coordinator.rule.synchronous else math.inf
     stop = StopConditions(max_uploads=uploads)
-    settings = replace(own, flush_timeout_s=timeout_s, stop=stop)
+    settings = replace(own, flush_timeout_s=timeout_s, stop=stop, local_steps=None)
     return replace(
         parts,
         coordinator=replace(parts.coordinator, rule=rule, settings=settings, calibrator=None),

@@ -140,6 +140,14 @@ WRONG_FILES = {
         ("[stop]", '[strategy.settings]\nvariant = "paper"\n[stop]'),
         ("data.calibration_examples", "raise it"),
     ),
+    "steps by speed without steps": (
+        ("steps = 4\n", 'epochs = 1.0\n[strategy]\nlocal_steps = "by_speed"\n'),
+        ("strategy.local_steps", '"by_speed" needs training.steps'),
+    ),
+    "steps by speed under a scheduler": (
+        ("[stop]", '[strategy]\nrule = "fedcompass"\nlocal_steps = "by_speed"\n[stop]'),
+        ("strategy.local_steps", "assigns local steps itself"),
+    ),
     "moments where products are added": (
         ("[stop]", '[strategy]\nrule = "fedadam"\nlora = "product"\n[stop]'),
         ("strategy.lora", "keeps moments", 'choose "factor"'),

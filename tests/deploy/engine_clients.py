@@ -41,4 +41,5 @@ def finder(recipe: Recipe, root: Path) -> Callable[[Context], ClientSide]:
 def _side(text: str, root: Path, client_id: int) -> ClientSide:
     recipe = Recipe.model_validate(tomllib.loads(text))
     outbox = Outbox(root / f"outbox-{client_id}.sqlite", 1 << 28)
-    return ClientSide(outbox, InProcessTrainer(build_device(recipe, client_id), outbox))
+    device = build_device(recipe, client_id)
+    return ClientSide(outbox, InProcessTrainer(device, outbox), lambda: device.step_s)

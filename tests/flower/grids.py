@@ -48,10 +48,12 @@ class FakeDevice:
         shift: what its training adds to every number.
         answer: replaces the honest answer; returns a reply, an error, raw content, or None for
             silence.
+        step_s: what it says a local step takes it.
     """
 
     takes_s: float = 5.0
     shift: float = 0.01
+    step_s: float | None = None
     answer: Callable[[FakeDevice, Order], Reply | Error | RecordDict | None] | None = None
     outbox: dict[int, bytes] = field(default_factory=dict)
     trained: list[int] = field(default_factory=list)
@@ -71,7 +73,8 @@ class FakeDevice:
     def honest(self, order: Order) -> Reply:
         if isinstance(order, TaskOrder) and order.task_id not in self.outbox:
             self.outbox[order.task_id] = self.train(order)
-        return Uploads(order.run, dict(self.outbox))
+        step_s = None if isinstance(order, TaskOrder) else self.step_s
+        return Uploads(order.run, dict(self.outbox), step_s)
 
     def train(self, order: TaskOrder, **changes: object) -> bytes:
         self.trained.append(order.task_id)

@@ -39,7 +39,13 @@ def test_an_order_survives_the_wire(order: Order) -> None:
 
 
 @pytest.mark.parametrize(
-    "reply", [Uploads("run", {}), Uploads("run", {3: b"a", 12: b"bc"}), Failure("run", 3, "full")]
+    "reply",
+    [
+        Uploads("run", {}),
+        Uploads("run", {}, 0.25),
+        Uploads("run", {3: b"a", 12: b"bc"}),
+        Failure("run", 3, "full"),
+    ],
 )
 def test_a_reply_survives_the_wire(reply: Reply) -> None:
     assert messages.read_reply(_over_the_wire(messages.write_reply(reply))) == reply

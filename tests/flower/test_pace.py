@@ -39,3 +39,11 @@ def test_no_minute_admits_more_than_twice_the_rate(pauses: list[float]) -> None:
             admitted.append(now_s)
     for since_s in admitted:
         assert sum(since_s <= at_s < since_s + 60.0 for at_s in admitted) <= 11
+
+
+def test_a_task_of_more_steps_is_waited_for_longer_and_one_of_fewer_no_shorter() -> None:
+    pace = Pace(PaceSettings(patience=5.0, word_ttl_s=90.0))
+    pace.learn(1, 100.0, steps=4)
+    assert pace.ttl_s(1, 4) == pace.ttl_s(1, 1) == 500.0
+    assert pace.ttl_s(1, 12) == 1500.0
+    assert pace.word_ttl_s(1) == pace.word_ttl_s(2) == 90.0

@@ -273,3 +273,21 @@ def test_a_run_outside_the_main_thread_works_and_its_view_sees_progress(tmp_path
     assert not errors
     assert seen[-1].uploads == 16
     assert all(a.uploads <= b.uploads for a, b in itertools.pairwise(seen))
+
+
+def test_faster_devices_take_more_local_steps_and_the_run_is_judged_by_tokens(tmp_path):
+    short = [*SMALL, "stop.uploads=unset", "stop.tokens=20000", "training.workers=1"]
+    runs = {
+        steps: alignfed.simulate(
+            None, tmp_path / steps, overrides=[*short, f"strategy.local_steps={steps}"]
+        )
+        for steps in ("by_speed", "equal")
+    }
+    tokens = {}
+    for steps, run in runs.items():
+        with RunReader(run.directory) as reader:
+            tokens[steps] = {one.client_id: one.metrics["tokens"] for one in reader.uploads()}
+    assert max(tokens["by_speed"].values()) > 2 * min(tokens["by_speed"].values())
+    assert max(tokens["equal"].values()) < 2 * min(tokens["equal"].values())
+    trained = [run.summary["trained_tokens"] for run in runs.values()]
+    assert max(trained) < 1.2 * min(trained)

@@ -1,5 +1,7 @@
 """Which runs a study consists of, and what is refused before anything runs."""
 
+from dataclasses import replace
+
 import pytest
 
 from alignfed.config import default_recipe
@@ -117,14 +119,30 @@ def test_a_barrier_waits_whatever_an_asynchronous_buffer_does():
 
 
 def test_each_variant_switches_one_module_off():
-    found = variants({})
-    assert found["full"] == {}
+    own = arm_of(default_recipe(), "alignfed")
+    found = variants(own)
+    assert found["full"] == own
     assert {"without grouping", "without alignment", "without fairness"} <= set(found)
     assert {"without guard", "without freshness", "without participation"} <= set(found)
-    for name, settings in found.items():
-        assert len(settings) == (name != "full")
-        make_rule("alignfed", **settings)
-    assert "without guard" not in variants({"guard": False})
+    for name, arm in found.items():
+        switched = len(arm.settings) + (arm.local_steps == "equal")
+        assert switched == (name != "full")
+        make_rule("alignfed", **arm.settings)
+    assert "without local steps by speed" in found
+    off = replace(own, settings={"guard": False}, local_steps="equal")
+    assert not {"without guard", "without local steps by speed"} & set(variants(off))
+
+
+def test_a_strategy_may_say_who_decides_on_local_steps():
+    assert check_strategies(["fedbuff", "fedbuff+by_speed"]) == ("fedbuff", "fedbuff+by_speed")
+    recipe = planned("fedbuff+by_speed")
+    assert (recipe.strategy.rule, recipe.strategy.local_steps) == ("fedbuff", "by_speed")
+    assert planned("fedbuff").strategy.local_steps == "auto"
+    assert candidates(default_recipe(), "fedbuff+by_speed") == candidates(
+        default_recipe(), "fedbuff"
+    )
+    with pytest.raises(RecipeError, match=r"ends in 'fast'; after the \+ comes one of equal"):
+        check_strategies(["fedbuff+fast"])
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path):

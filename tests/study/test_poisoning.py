@@ -28,6 +28,7 @@ CHANGES = [
     "training.cohort_size=4",
     "training.learning_rate=1e-3",
     "stop.uploads=32",
+    "strategy.local_steps=equal",  # so that an attacker's pull is no matter of its device
 ]
 ATTACKER = frozenset({3})
 

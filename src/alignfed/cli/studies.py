@@ -49,7 +49,9 @@ def compare(
             "--strategies",
             metavar="A,B",
             help="Rules to compare, as [b]alignfed strategies[/b] lists them. If left out: "
-            "alignfed, fedbuff, fedasync, ca2fl, fedavg, fedadam, as far as they exist.",
+            "alignfed, fedbuff, fedasync, ca2fl, fedavg, fedadam, as far as they exist. "
+            "[b]fedbuff+by_speed[/b] gives a rule local steps by device speed, and "
+            "[b]alignfed+equal[/b] takes them away.",
         ),
     ] = None,
     seeds: Seeds = None,

@@ -137,6 +137,17 @@ def _rule_problems(recipe: Recipe) -> Iterator[Problem]:
             "training.fedprox_mu",
             f'rule "{strategy.rule}" has a pull of its own: set strategy.settings.mu instead',
         )
+    if strategy.local_steps == "by_speed":
+        if recipe.training.steps is None:
+            yield (
+                "strategy.local_steps",
+                '"by_speed" needs training.steps, what a client of middle speed takes',
+            )
+        if getattr(rule, "scheduler", None) is not None:
+            yield (
+                "strategy.local_steps",
+                f'rule "{strategy.rule}" assigns local steps itself; use "auto"',
+            )
     if recipe.data.calibration_examples:
         return
     if getattr(rule, "needs_calibrator", False):

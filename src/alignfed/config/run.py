@@ -104,6 +104,11 @@ class StrategySection(Section):
     settings: dict[str, bool | int | float | str] = key(
         {}, "Settings of the rule.", allowed="a table of the rule's settings"
     )
+    local_steps: Literal["auto", "equal", "by_speed"] = key(
+        "auto",
+        "Whether every task takes training.steps, or as many as its client's measured speed allows"
+        " for, so that all take about as long. auto: by speed under alignfed, else equal.",
+    )
 
 
 class ServerSection(Section):

@@ -28,6 +28,8 @@ class Rejection:
 class NormHistory:
     """Norms of the last accepted updates; an upload far above their median is an outlier.
 
+    Where the server assigns local steps, norms are a step's: longer tasks move further.
+
     Attributes:
         max_ratio: largest accepted multiple of the median.
         min_count: accepted norms needed before any upload is judged.
@@ -159,13 +161,16 @@ def check_shape(update: Update, expected: AdapterLayout) -> Rejection | None:
     return None
 
 
-def check_numbers(update: Update, update_norm: float, history: NormHistory) -> Rejection | None:
+def check_numbers(
+    update: Update, update_norm: float, history: NormHistory, steps: int | None = None
+) -> Rejection | None:
     """Check that all numbers are finite, and the innovation's norm against those before it.
 
     Args:
         update: an upload of the right shape.
         update_norm: its distance from its base; finite only if every element is.
         history: norms accepted lately.
+        steps: local steps that the server assigned, if it did.
     """
     # A finite adapter may be too far away to be squared: only then are its elements looked at.
     if not math.isfinite(update_norm) and not update.adapter.is_finite():
@@ -173,12 +178,12 @@ def check_numbers(update: Update, update_norm: float, history: NormHistory) -> R
     for name, value in update.metrics.items():
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             return Rejection(RejectReason.NOT_FINITE, f"metric {name!r} is {value!r}")
-    limit = history.limit()
+    limit = history.limit() * (steps or 1)
     if update_norm <= limit and update_norm < math.inf:
         return None
     return Rejection(
         RejectReason.OUTLYING_NORM,
-        f"norm={update_norm:.4g} exceeds {limit:.4g}"
+        f"norm={update_norm:.4g} exceeds {limit:.4g}{f' of {steps} local steps' if steps else ''}"
         f" ({history.max_ratio:g} times the median of the last {len(history.recent)})",
     )
 

@@ -129,6 +129,8 @@ class Coordinator:
         self, state: CoordinatorState, event: ClientJoined, out: list[Instruction]
     ) -> None:
         tasks.join(state, event.client_id)
+        if self.settings.local_steps is not None:
+            self.settings.local_steps.learn(state.speeds, event.client_id, event.step_s)
 
     def _on_client_left(
         self, state: CoordinatorState, event: ClientLeft, out: list[Instruction]
@@ -146,12 +148,17 @@ class Coordinator:
             state.received += 1
             if update.metrics:
                 state.tokens += update.reported_tokens
+                if (by_speed := self.settings.local_steps) is not None:
+                    said_s = update.metrics.get("step_s")
+                    by_speed.learn(state.speeds, update.client_id, said_s)
             tasks.end_task(state, self.settings, task, now_s, failed=rejection is not None)
         if isinstance(judged, admission.Rejection):
             state.rejections[judged.reason] += 1
             out.append(Reject(update.task_id, update.client_id, judged.reason, judged.detail))
         else:
             adapter, base, update_norm = judged
+            assert task is not None
+            state.norms.add(update_norm / (task.steps or 1))
             self._buffer(state, update, adapter, base, update_norm, now_s)
         self._after_answer(state, now_s, out)
 
@@ -252,7 +259,6 @@ class Coordinator:
         state.accepted += 1
         if uploads == 1:
             state.participants += 1
-        state.norms.add(update_norm)
         if not state.buffer and not rule.synchronous:
             state.flush_due_s = now_s + self.settings.flush_timeout_s
         entry = BufferedUpdate(

@@ -22,10 +22,15 @@ class RunStarted:
 
 @value(frozen=True, slots=True)
 class ClientJoined:
-    """A client became reachable and may be given work."""
+    """A client became reachable and may be given work.
+
+    Attributes:
+        step_s: seconds a local step takes it, as it measured itself; None: it does not say.
+    """
 
     time_s: float
     client_id: int
+    step_s: float | None = None
 
 
 @value(frozen=True, slots=True)

@@ -51,7 +51,7 @@ def judge(
         update_norm = event.distance
         if update_norm is None:
             update_norm = distance(adapter, served)
-        rejection = check_numbers(update, update_norm, state.norms)
+        rejection = check_numbers(update, update_norm, state.norms, task.steps)
         return (adapter, served, update_norm) if rejection is None else rejection
     sent = snapshot.sent_to(exchange, update.client_id)
     expected = exchange.upload_layout(sent.layout)
@@ -60,6 +60,6 @@ def judge(
     upload = with_layout(update.adapter, expected)
     adapter = with_layout(exchange.complete(upload, sent), sent.layout)
     update_norm = distance(adapter, sent)
-    if (rejection := check_numbers(update, update_norm, state.norms)) is not None:
+    if (rejection := check_numbers(update, update_norm, state.norms, task.steps)) is not None:
         return rejection
     return *exchange.compared(adapter, sent, served), update_norm

@@ -10,6 +10,7 @@ from typing import Any
 from alignfed.core.adapter import Adapter
 from alignfed.core.admission import NormHistory
 from alignfed.core.instructions import StopReason
+from alignfed.core.local_steps import ClientSpeeds, StepsBySpeed
 from alignfed.core.lora.exchange import Exchange
 from alignfed.core.ports import BufferedUpdate
 from alignfed.core.update import Task
@@ -62,6 +63,8 @@ class CoordinatorSettings:
             those accepted lately is refused (infinity: never).
         evaluate_every: published versions between evaluations.
         stop: when the run ends.
+        local_steps: assigns local steps by clients' speed; None leaves them to the clients'
+            settings, or to the rule's scheduler.
     """
 
     concurrency: int
@@ -73,6 +76,7 @@ class CoordinatorSettings:
     max_norm_ratio: float = 10.0
     evaluate_every: int = 1
     stop: StopConditions = StopConditions()
+    local_steps: StepsBySpeed | None = None
 
     def __post_init__(self) -> None:
         """Refuse sizes and times that make no sense."""
@@ -153,6 +157,7 @@ class CoordinatorState:
         buffer: accepted uploads not yet applied.
         gathered: what the rule keeps of their adapters (None: the buffer is empty).
         schedule: what the rule's scheduler remembers (None: it has none).
+        speeds: how fast clients say they are, where ``CoordinatorSettings.local_steps`` asks.
         rejections: refused uploads by reason.
         next_task_id: first id not yet given out.
         received: answers to given tasks, accepted or refused.
@@ -182,6 +187,7 @@ class CoordinatorState:
     buffer: list[BufferedUpdate] = field(default_factory=list)
     gathered: Any = None
     schedule: Any = None
+    speeds: ClientSpeeds = field(default_factory=ClientSpeeds)
     rejections: Counter[str] = field(default_factory=Counter)
     next_task_id: int = 0
     received: int = 0

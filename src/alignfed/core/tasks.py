@@ -35,7 +35,8 @@ def hand_out(
 ) -> list[Task]:
     """Give idle clients tasks, longest wait first, until enough are in flight.
 
-    A scheduler may change the order, hold clients back, and assign local steps.
+    A scheduler may change the order, hold clients back, and assign local steps; else they may
+    follow from the clients' speed.
     """
     held: list[int] = []
     if scheduler is not None:
@@ -44,7 +45,7 @@ def hand_out(
         state.idle = deque(ready)
     given: list[Task] = []
     idle, in_flight, version = state.idle, state.tasks, state.version
-    deadline_s = now_s + settings.task_timeout_s
+    deadline_s, by_speed = now_s + settings.task_timeout_s, settings.local_steps
     while idle and len(in_flight) < settings.concurrency:
         client_id = idle.popleft()
         record = state.clients[client_id]
@@ -54,6 +55,8 @@ def hand_out(
         task_id, dispatch, steps = state.next_task_id, record.dispatches, None
         if scheduler is not None:
             steps = scheduler.assign(state.schedule, task_id, client_id, now_s)
+        elif by_speed is not None:
+            steps = by_speed.assign(state.speeds, client_id)
         task = Task(task_id, client_id, version, dispatch, deadline_s, steps)
         state.next_task_id = task_id + 1
         record.dispatches = dispatch + 1

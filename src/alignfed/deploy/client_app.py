@@ -12,6 +12,7 @@ from pathlib import Path
 from flwr.app import Context
 
 from alignfed.deploy.directory import DEVICE_DIRECTORY, DeviceDirectory
+from alignfed.deploy.trainer_status import read_status
 from alignfed.errors import DeploymentError
 from alignfed.flower.client_app import ClientSide, make_app
 from alignfed.flower.outbox import Outbox
@@ -27,7 +28,11 @@ def client_side(directory: DeviceDirectory) -> ClientSide:
         DeploymentError: its outbox cannot be opened.
     """
     outbox = Outbox(directory.outbox / "outbox.sqlite")
-    return ClientSide(outbox, TrainerClient(directory.trainer_socket))
+    return ClientSide(
+        outbox,
+        TrainerClient(directory.trainer_socket),
+        lambda: read_status(directory.status).step_s,
+    )
 
 
 def _find(context: Context) -> ClientSide:

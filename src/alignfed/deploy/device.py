@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,6 +15,7 @@ from alignfed import builtin
 from alignfed.build import build_data, data_settings, model_settings, template_of
 from alignfed.config import Recipe
 from alignfed.config.section import BUILTIN
+from alignfed.coordinating import local_steps_of
 from alignfed.core.adapter import Adapter
 from alignfed.core.lora import LORA_RULES, Exchange, exchange_of
 from alignfed.core.ports import ClientTrainer, TrainingJob
@@ -54,6 +57,7 @@ class Device:
         trainer: trains the one client.
         exchange: what of an adapter travels and what stays.
         feedback: whether what int8 loses in one upload is added to the next.
+        step_s: seconds a local step takes here, where the server shares work out by speed.
     """
 
     client_id: int
@@ -61,6 +65,7 @@ class Device:
     trainer: ClientTrainer
     exchange: Exchange
     feedback: bool
+    step_s: float | None = None
 
     def work(
         self, order: TaskOrder, outbox: Outbox, report: Mapping[str, float] | None = None
@@ -101,14 +106,20 @@ class Device:
             steps=order.steps,
         )
         start = self.exchange.rejoin(sent, kept)
+        began_s = time.perf_counter()
         (result,) = self.trainer.train([TrainingJob(task, start)])
+        speed = {}
+        if (
+            order.steps is not None
+        ):  # the server shares work out by speed, and asks for nothing else
+            speed["step_s"] = (time.perf_counter() - began_s) / order.steps
         claims = Claims(
             run,
             order.task_id,
             order.base_version,
             result.num_examples,
             order.encoding,
-            {**result.metrics, **(report or {})},
+            {**result.metrics, **speed, **(report or {})},
         )
         carried = _recalled(outbox.remembered(run, FEEDBACK)) if self.feedback else None
         payload, lost = encode_upload(claims, self.exchange.upload(result.adapter), base, carried)
@@ -146,7 +157,19 @@ def build_device(
     rule = recipe.strategy.lora
     # Product rules factor each version anew: what one upload lost has no place in the next.
     feedback = LORA_RULES[rule].space == "factor"
-    return Device(client_id, training_digest(recipe), trainer, exchange_of(rule), feedback)
+    step_s = None if local_steps_of(recipe) is None else _tried_step_s(trainer, client_id)
+    return Device(client_id, training_digest(recipe), trainer, exchange_of(rule), feedback, step_s)
+
+
+def _tried_step_s(trainer: LocalTrainer, client_id: int) -> float:
+    """Return how long a local step takes; the first warms up, and what they learn is dropped."""
+    job = TrainingJob(Task(0, client_id, 0, 0, steps=1), trainer.base.initial_adapter())
+    took_s = math.inf
+    for _ in range(3):
+        began_s = time.perf_counter()
+        trainer.train([job])
+        took_s = min(took_s, time.perf_counter() - began_s)
+    return took_s
 
 
 def training_digest(recipe: Recipe) -> str:

@@ -14,7 +14,7 @@ import os
 import socket
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from alignfed.config import load_recipe
 from alignfed.deploy.device import Device, build_device
 from alignfed.deploy.directory import DeviceDirectory
 from alignfed.deploy.settings import load_device_settings
+from alignfed.deploy.trainer_status import read_status
 from alignfed.errors import AlignFedError
 from alignfed.flower.outbox import Outbox
 from alignfed.flower.training_socket import (
@@ -40,34 +41,6 @@ _log = logging.getLogger("alignfed.trainer")
 
 _SILENCE_S = 60.0
 """A client that has connected and says nothing for so long is dropped."""
-
-
-@dataclass(frozen=True, slots=True)
-class TrainerStatus:
-    """What a trainer says about itself, over all its restarts.
-
-    Attributes:
-        model_loads: how often a base model was loaded for this device.
-        tasks: tasks trained.
-        pid: the process that wrote this.
-        state: "loading", "ready" or "training".
-        last_error: the latest error in words.
-    """
-
-    model_loads: int = 0
-    tasks: int = 0
-    pid: int = 0
-    state: str = "loading"
-    last_error: str = ""
-
-
-def read_status(path: Path) -> TrainerStatus:
-    """Return what a device's trainer last said; the beginning where it has said nothing."""
-    try:
-        found = json.loads(path.read_text("utf-8"))
-        return TrainerStatus(**found)
-    except (OSError, ValueError, TypeError):
-        return TrainerStatus()
 
 
 class Trainer:
@@ -95,6 +68,7 @@ class Trainer:
             settings.data,
             settings.compute,
         )
+        self._note(step_s=self._device.step_s)
         _log.info(
             "client %d: base model loaded in %.1f s (load %d of this device)",
             settings.client,
@@ -152,7 +126,7 @@ class Trainer:
         self._note(last_error=reason)
         return {"kind": "failed", "reason": reason}
 
-    def _note(self, **changes: int | str) -> None:
+    def _note(self, **changes: float | str | None) -> None:
         self._status = replace(self._status, **changes)  # type: ignore[arg-type]
         write_text_atomically(
             self._directory.status, json.dumps(asdict(self._status), indent=2) + "\n"

@@ -50,10 +50,12 @@ class ClientSide:
     Attributes:
         outbox: its finished uploads.
         trainer: where it trains.
+        step_s: says how many seconds a local step takes; None: it is not known.
     """
 
     outbox: Outbox
     trainer: TaskTrainer
+    step_s: Callable[[], float | None] = lambda: None
 
     def answer(self, order: Order) -> Reply:
         """Carry out an order and return what to send back.
@@ -84,7 +86,7 @@ class ClientSide:
                 room -= one.size_bytes
             if (payload := self.outbox.payload(run, one.task_id)) is not None:
                 payloads[one.task_id] = payload
-        return Uploads(run, payloads)
+        return Uploads(run, payloads, self.step_s() if task_id is None else None)
 
 
 def answer_message(side: ClientSide, message: Message) -> Message:

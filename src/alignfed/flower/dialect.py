@@ -95,7 +95,7 @@ class AlignFedDialect:
             )
         if isinstance(reply, Failure):
             return Answer({}, reply.task_id, reply.reason)
-        return Answer(reply.payloads)
+        return Answer(reply.payloads, step_s=reply.step_s)
 
     def decode(self, task_id: int, payload: bytes, base: Adapter) -> Decoded:
         """Return an upload, checked against what was sent.

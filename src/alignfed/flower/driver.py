@@ -153,6 +153,9 @@ class Driver:
         )
         self._scoring = None if parts.evaluate is None else Scoring(parts.evaluate)
         self._to_score: list[Evaluate] = list(began.evaluations)
+        # Where local steps follow from speed, a new client is asked for its own before it joins.
+        by_speed = parts.coordinator.settings.local_steps is not None
+        self._greets = by_speed and parts.dialect.keeps_uploads
         self._offset_s = began.time_s - parts.clock()
         self._checkpoint_at_s = began.time_s + settings.checkpoint_s
         self._closing_until_s = math.inf
@@ -239,10 +242,17 @@ class Driver:
 
     def _call_roll(self, now_s: float) -> None:
         for event in self._roster.call(now_s):
-            known = isinstance(event, ClientJoined) and event.client_id in self.state.clients
+            client_id = event.client_id
+            known = client_id in self.state.clients
+            if isinstance(event, ClientJoined):
+                if known or self._greets:  # whoever returns may bring something
+                    self._orders.ask_for_uploads(client_id)
+                if not known and self._greets:
+                    self._inbox.expect(client_id)
+                    continue
+            else:
+                self._inbox.forget(client_id)
             self._take(event)
-            if known:  # whoever returns may bring something
-                self._orders.ask_for_uploads(event.client_id)
         settings, here = self.parts.settings, len(self._roster.nodes)
         waited_s = now_s - self._roster.first_seen_s
         if not self.state.started and (
@@ -267,6 +277,9 @@ class Driver:
             events = [self._inbox.shut_out(sent, now_s)]
         for event in events:
             self._take(event)
+        if self._inbox.expects(sent.client_id):
+            self._orders.unanswered(sent.client_id, now_s)
+            self._orders.ask_for_uploads(sent.client_id)
         if (task := self._in_flight(sent)) is not None:
             self._fail(task, "the device answered without the upload it was asked for", now_s)
 

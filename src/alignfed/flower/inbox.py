@@ -14,7 +14,13 @@ from flwr.app import RecordDict
 
 from alignfed.core import admission
 from alignfed.core.coordinator import Coordinator
-from alignfed.core.events import Event, TaskFailed, UpdateArrived, UploadRefused
+from alignfed.core.events import (
+    ClientJoined,
+    Event,
+    TaskFailed,
+    UpdateArrived,
+    UploadRefused,
+)
 from alignfed.core.reasons import RejectReason
 from alignfed.core.state import CoordinatorState
 from alignfed.core.update import Update
@@ -51,6 +57,19 @@ class Inbox:
         self._safe: dict[int, dict[int, None]] = {}
         self._taken: list[tuple[int, int]] = []
         self._heard: dict[int, deque[int]] = {}
+        self._newcomers: set[int] = set()
+
+    def expect(self, client_id: int) -> None:
+        """Have a client join with its next answer, by the speed that it says it has."""
+        self._newcomers.add(client_id)
+
+    def expects(self, client_id: int) -> bool:
+        """Return whether a client has yet to answer before it joins."""
+        return client_id in self._newcomers
+
+    def forget(self, client_id: int) -> None:
+        """Expect a client no more: it has left before it joined."""
+        self._newcomers.discard(client_id)
 
     def unconfirmed(self, client_id: int) -> list[int]:
         """Return the uploads of a client that are safe, and that it may not have heard of."""
@@ -97,13 +116,17 @@ class Inbox:
         if answer.failed is not None:
             return self._failure(sent, answer, state, now_s), False
         events: list[Event] = []
+        if sent.client_id in self._newcomers:
+            self._newcomers.discard(sent.client_id)
+            events.append(ClientJoined(now_s, sent.client_id, answer.step_s))
         more = False
         # The task that was asked for comes first, and is never turned away: how often a device is
         # asked is up to the server, and it asks those who fail less and less.
-        for task_id in sorted(answer.payloads, key=lambda one: (one != sent.task_id, one)):
+        task_ids = sorted(answer.payloads, key=lambda one: (one != sent.task_id, one))
+        for read, task_id in enumerate(task_ids):
             asked_for = task_id == sent.task_id
             if not asked_for and not self._pace.admit(sent.client_id, now_s):
-                left = len(answer.payloads) - len(events)
+                left = len(answer.payloads) - read
                 events.append(self._too_many(sent, task_id, left, now_s))
                 more = False
                 break
@@ -149,7 +172,7 @@ class Inbox:
         except RefusedError as error:
             return UploadRefused(now_s, task_id, client_id, error.reason, str(error))
         if task_id == sent.task_id:
-            self._pace.learn(client_id, now_s - sent.at_s)
+            self._pace.learn(client_id, now_s - sent.at_s, task.steps or 1)
         client = self._status.client(client_id)
         client.expected_s = self._pace.expected_s.get(client_id)
         loads = found.metrics.get("model_loads")

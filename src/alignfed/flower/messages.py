@@ -21,7 +21,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from alignfed.core.reasons import RejectReason
 from alignfed.errors import AlignFedError
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of these words. Server and device must speak the same."""
 
 MESSAGE_TYPE = "train"
@@ -112,10 +112,12 @@ class Uploads:
     Attributes:
         run: the server's run it belongs to.
         payloads: by task id, as ``wire.py`` writes them; empty where there is nothing to send.
+        step_s: seconds a local step takes the device, where it says so.
     """
 
     run: str
     payloads: Mapping[int, bytes] = field(repr=False)
+    step_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +209,11 @@ def write_reply(reply: Reply) -> RecordDict:
             "reason": reply.reason[:MAX_REASON],
         }
         return RecordDict({RECORD: ConfigRecord(words)})
-    words |= {"kind": "uploads", "trained": list(reply.payloads)}
+    words |= {
+        "kind": "uploads",
+        "trained": list(reply.payloads),
+        "step_s": -1.0 if reply.step_s is None else reply.step_s,
+    }
     records = {UPLOAD + str(task_id): _wrap(data) for task_id, data in reply.payloads.items()}
     return RecordDict({RECORD: ConfigRecord(words), **records})
 
@@ -236,7 +242,9 @@ def read_reply(content: RecordDict) -> Reply:
         raise ProtocolError(
             f"record {name!r:.100} is {'missing' if name in expected else 'not asked for'}"
         )
-    return Uploads(run, {one: _unwrap(content, UPLOAD + str(one)) for one in trained})
+    step_s = _number(words, "step_s")
+    payloads = {one: _unwrap(content, UPLOAD + str(one)) for one in trained}
+    return Uploads(run, payloads, step_s if step_s > 0 else None)
 
 
 def size_bytes(content: RecordDict) -> int:

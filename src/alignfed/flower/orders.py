@@ -160,13 +160,15 @@ class Orders:
         return True
 
     def _push(self, client_id: int, task: Task | None, content: RecordDict, now_s: float) -> bool:
-        around = self._around
+        around, pace = self._around, self._around.pace
         sent = Sent(
             node_id=around.roster.nodes[client_id],
             client_id=client_id,
             task_id=None if task is None else task.task_id,
             at_s=now_s,
-            ttl_s=around.pace.ttl_s(client_id),
+            ttl_s=pace.word_ttl_s(client_id)
+            if task is None
+            else pace.ttl_s(client_id, task.steps or 1),
             acknowledged=tuple(around.inbox.unconfirmed(client_id)),
         )
         size_bytes = around.dialect.size_bytes(content)

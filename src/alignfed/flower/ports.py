@@ -71,11 +71,13 @@ class Answer:
         payloads: finished uploads by task id, not looked into.
         failed: the task the device gives up, if any.
         reason: why, in its words.
+        step_s: seconds a local step takes it, if it says so.
     """
 
     payloads: Mapping[int, Any] = field(repr=False)
     failed: int | None = None
     reason: str = ""
+    step_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

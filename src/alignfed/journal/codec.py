@@ -14,7 +14,17 @@ from typing import Any
 
 from torch import Tensor
 
-from alignfed.core import adapter, admission, compass, events, instructions, ports, state, update
+from alignfed.core import (
+    adapter,
+    admission,
+    compass,
+    events,
+    instructions,
+    local_steps,
+    ports,
+    state,
+    update,
+)
 from alignfed.core.adapter import Adapter
 from alignfed.core.aggregation import compared, fedasync, held, memory, recall
 from alignfed.core.lora import factor, hetlora, product
@@ -58,6 +68,7 @@ CORE_CLASSES: tuple[type, ...] = (
     compass.CompassTask,
     compass.CompassGroup,
     compass.CompassSchedule,
+    local_steps.ClientSpeeds,
     fedasync.MixedModels,
     held.HeldUpdates,
     compared.ComparedUpdates,

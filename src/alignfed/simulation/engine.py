@@ -36,7 +36,7 @@ from alignfed.core.instructions import (
     Stop,
 )
 from alignfed.core.ports import ClientTrainer, Evaluation, Journal
-from alignfed.core.update import Update
+from alignfed.core.update import Task, Update
 from alignfed.simulation.clock import VirtualClock
 from alignfed.simulation.cost import ServerProfile, TaskCost
 from alignfed.simulation.fleet import Fleet
@@ -211,7 +211,7 @@ class Engine:
         conditions = self._parts.fleet.conditions
         for client_id in self._parts.clients:
             if conditions.available(client_id, 0.0):
-                self._handle(ClientJoined(0.0, client_id))
+                self._handle(ClientJoined(0.0, client_id, self._step_s(client_id)))
             self._schedule_availability(client_id, 0.0)
         self._handle(RunStarted(0.0))
         self._note_idle()
@@ -256,7 +256,8 @@ class Engine:
         now_s, device_id = self._state.now_s, change.device_id
         self._schedule_availability(device_id, now_s)
         if self._parts.fleet.conditions.available(device_id, now_s):
-            self._handle(ClientJoined(self._server_time(), device_id))
+            step_s = self._step_s(device_id)
+            self._handle(ClientJoined(self._server_time(), device_id, step_s))
         else:
             self._handle(ClientLeft(self._server_time(), device_id))
 
@@ -264,6 +265,18 @@ class Engine:
         change_s = self._parts.fleet.conditions.next_change_s(device_id, now_s)
         if change_s < math.inf:
             self._clock.schedule(change_s, AvailabilityChanged(device_id))
+
+    def _step_s(self, client_id: int) -> float | None:
+        """Return what a device that comes up measures of its speed, where somebody asks.
+
+        It tries a step while it loads its model; neither is charged to the clock.
+        """
+        by_speed, parts = self._parts.coordinator.settings.local_steps, self._parts
+        if by_speed is None:
+            return None
+        work = parts.trainer.work(Task(0, client_id, 0, 0, steps=by_speed.steps))
+        flops = work.tokens * work.flops_per_token / by_speed.steps
+        return flops * parts.fleet.devices.seconds_per_flop[client_id]
 
     # --- the coordinator and its instructions ---------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,11 @@ from alignfed.study.tables import ablation_table
 FULL = "full"
 """The variant with every module on."""
 
-NUMBERS = {"freshness": "freshness_decay", "participation": "participation_exponent"}
+NUMBERS = {
+    "freshness": "freshness_decay",
+    "participation": "participation_exponent",
+    "lengths": "length_exponent",
+}
 """Modules that a number switches off by being 0; all others are switches."""
 
 
@@ -61,19 +65,21 @@ class Regime:
         return f"in-flight-{self.in_flight}-buffer-{self.buffer_size}-alpha-{self.alpha:g}"
 
 
-def variants(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the settings that switch each module off, by the variant's name, the full one first.
+def variants(own: Arm) -> dict[str, Arm]:
+    """Return the method with each module off in turn, by the variant's name, the full one first.
 
-    A module that ``settings`` or the method's defaults leave off is not there to be switched off.
+    A module that ``own`` or the method's defaults leave off is not there to be switched off.
     """
-    known = {one.name: one for one in RULES[METHOD].settings}
-    found: dict[str, dict[str, Any]] = {FULL: {}}
+    known, settings = {one.name: one for one in RULES[METHOD].settings}, own.settings
+    found = {FULL: own}
     for name, one in known.items():
         if one.kind is bool and settings.get(name, one.default) is True:
-            found[f"without {name}"] = {name: False}
+            found[f"without {name}"] = own.with_settings(**{name: False})
     for module, name in NUMBERS.items():
         if name in known and settings.get(name, known[name].default):
-            found[f"without {module}"] = {name: 0.0}
+            found[f"without {module}"] = own.with_settings(**{name: 0.0})
+    if own.local_steps != "equal":
+        found["without local steps by speed"] = replace(own, local_steps="equal")
     return found
 
 
@@ -112,7 +118,7 @@ def ablate(
     levels = zip(section.in_flight, section.buffers, strict=True)
     regimes = [Regime(*level, alpha) for level in levels for alpha in section.alphas]
     own = arm_of(recipe, METHOD)
-    off = variants(own.settings)
+    off = variants(own)
     environments = {
         (alpha, seed): _environment(recipe, alpha, seed)
         for alpha in section.alphas
@@ -122,11 +128,11 @@ def ablate(
         PlannedRun(
             _run_key(regime, name, seed),
             environments[regime.alpha, seed].key,
-            _arm(own, regime, name, settings),
+            _arm(arm, regime, name),
         )
         for regime in regimes
         for seed in all_seeds
-        for name, settings in off.items()
+        for name, arm in off.items()
     ]
     place, lock = open_study(Path(directory), "ablate", recipe)
     try:
@@ -154,7 +160,7 @@ def ablate(
         }
         for regime in regimes:
             found = {}
-            for name, settings in off.items():
+            for name, arm in off.items():
                 row = figures_of(
                     [records[_run_key(regime, name, seed)] for seed in all_seeds],
                     [facts[environments[regime.alpha, seed].key] for seed in all_seeds],
@@ -163,7 +169,8 @@ def ablate(
                     recipe.compare.final_evaluations,
                 )
                 del row["curves"]  # nobody draws them, and they are most of the file
-                found[name] = {**row, "settings": {**own.settings, **settings}}
+                steps = {"local_steps": arm.local_steps}
+                found[name] = {**row, "settings": dict(arm.settings), **steps}
             figures["regimes"].append(
                 {
                     "in_flight": regime.in_flight,
@@ -191,9 +198,9 @@ def _environment(recipe: Recipe, alpha: float, seed: int) -> Environment:
     return replace(found, key=f"alpha-{alpha:g}-{found.key}")
 
 
-def _arm(own: Arm, regime: Regime, name: str, settings: Mapping[str, Any]) -> Arm:
+def _arm(arm: Arm, regime: Regime, name: str) -> Arm:
     return replace(
-        own.with_settings(**settings),
+        arm,
         name=name,
         concurrency=regime.in_flight,
         buffer_size=regime.buffer_size,

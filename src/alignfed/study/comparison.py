@@ -245,6 +245,7 @@ def _figures(
                 section.final_evaluations,
             ),
             "settings": dict(arms[name].settings),
+            "local_steps": arms[name].local_steps,
             "tuned": tuned[name].as_json(),
         }
     return {

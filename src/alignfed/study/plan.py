@@ -26,6 +26,9 @@ DEFAULT_STRATEGIES = ("alignfed", "fedbuff", "fedasync", "ca2fl", "fedavg", "fed
 METHOD = "alignfed"
 """The rule whose constants are frozen: it runs as the recipe sets it, or by its defaults."""
 
+STEPS = ("equal", "by_speed")
+"""What may follow a rule's name and a plus: values of ``strategy.local_steps``."""
+
 STEP_SETTINGS = ("server_step", "server_lr", "mixing")
 """What rules call the setting that scales their server step; a rule has one of these at most."""
 
@@ -53,6 +56,7 @@ class Arm:
         settings: its settings; others are its defaults.
         concurrency: tasks in flight.
         buffer_size: uploads a flush.
+        local_steps: who decides how many a task takes, as the recipe's key of that name.
     """
 
     name: str
@@ -60,6 +64,7 @@ class Arm:
     settings: Mapping[str, Any]
     concurrency: int
     buffer_size: int
+    local_steps: str = "auto"
 
     def with_settings(self, **settings: Any) -> Arm:
         """Return the same arm with some settings replaced."""
@@ -122,15 +127,30 @@ def target_of(recipe: Recipe) -> Target:
     )
 
 
+def rule_of(strategy: str) -> str:
+    """Return a strategy's rule.
+
+    >>> rule_of("fedbuff"), rule_of("fedbuff+by_speed")
+    ('fedbuff', 'fedbuff')
+    """
+    return strategy.partition("+")[0]
+
+
 def check_strategies(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the strategies to compare.
+    """Return the strategies to compare: rules, each perhaps with who decides on local steps.
 
     Raises:
         RecipeError: none, an unknown one, or one that is named twice.
     """
     for name in names:
-        if name not in RULES:
-            near = nearest_name(name, RULES)
+        rule, plus, steps = name.partition("+")
+        if plus and steps not in STEPS:
+            raise RecipeError(
+                f"strategy {name!r} ends in {steps!r}; after the + comes one of {', '.join(STEPS)}",
+                strategy=name,
+            )
+        if rule not in RULES:
+            near = nearest_name(rule, RULES)
             raise RecipeError(
                 f"strategy {name!r} does not exist{near}; `alignfed strategies` lists"
                 f" {', '.join(RULES)}",
@@ -163,13 +183,13 @@ def with_seeds(recipe: Recipe, seeds: Sequence[int] | None) -> Recipe:
     return make_recipe(document)
 
 
-def candidates(recipe: Recipe, rule: str) -> Candidates:
+def candidates(recipe: Recipe, strategy: str) -> Candidates:
     """Return the server steps a baseline may try: as many for every rule that has a step.
 
     Raises:
         RecipeError: the recipe names steps that the rule does not accept.
     """
-    section = recipe.compare
+    section, rule = recipe.compare, rule_of(strategy)
     own = [one for one in RULES[rule].settings if one.name in STEP_SETTINGS]
     if not own or rule == METHOD:
         return Candidates(None)
@@ -187,11 +207,12 @@ def candidates(recipe: Recipe, rule: str) -> Candidates:
     return Candidates(setting, tuple(factor * unit for factor in factors))
 
 
-def arm_of(recipe: Recipe, rule: str, name: str | None = None) -> Arm:
-    """Return a rule as the recipe sets it; another rule than the recipe's has its defaults."""
+def arm_of(recipe: Recipe, strategy: str) -> Arm:
+    """Return a strategy as the recipe sets it; another rule than the recipe's has its defaults."""
+    rule, _, steps = strategy.partition("+")
     own = recipe.strategy.settings if recipe.strategy.rule == rule else {}
-    server = recipe.server
-    return Arm(name or rule, rule, own, server.concurrency, server.buffer_size)
+    server, steps = recipe.server, steps or recipe.strategy.local_steps
+    return Arm(strategy, rule, own, server.concurrency, server.buffer_size, steps)
 
 
 def environment_of(recipe: Recipe, seed: int) -> Environment:
@@ -220,9 +241,13 @@ def run_recipe(recipe: Recipe, run: PlannedRun, *, tokens: int, devices: str) ->
         server["flush_timeout_s"] = None
     changed = recipe.model_copy(
         update={
-            "name": run.key.replace("/", "-"),
+            "name": run.key.replace("/", "-").replace("+", "-"),
             "strategy": recipe.strategy.model_copy(
-                update={"rule": arm.rule, "settings": dict(arm.settings)}
+                update={
+                    "rule": arm.rule,
+                    "settings": dict(arm.settings),
+                    "local_steps": arm.local_steps,
+                }
             ),
             "server": recipe.server.model_copy(update=server),
             "fleet": FleetSection(replay=devices),

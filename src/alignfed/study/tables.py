@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignfed.core.aggregation import RULES
-from alignfed.study.plan import METHOD
+from alignfed.study.plan import METHOD, rule_of
 
 Figures = Mapping[str, Any]
 
@@ -103,7 +103,7 @@ def _speeds(figures: Figures) -> list[str]:
         others = {
             name: one["time_to_target_s"]["mean"]
             for name, one in strategies.items()
-            if name != METHOD and RULES[name].synchronous == synchronous
+            if rule_of(name) != METHOD and RULES[rule_of(name)].synchronous == synchronous
         }
         finite = {name: time_s for name, time_s in others.items() if time_s is not None}
         if not others:
