@@ -150,7 +150,12 @@ class Pool:
     def _start(self) -> _Worker:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=serve, args=(theirs,), daemon=True)
-        process.start()
+        # A Ctrl-C while it still imports would have it print a traceback: ``serve`` lets it pass.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         worker = _Worker(process, ours)
         self._workers.append(worker)
@@ -186,6 +191,7 @@ def serve(pipe: Connection) -> None:
     """Carry out the orders that come through a pipe until it closes; a worker's main function."""
     # Between runs there is nothing to keep; during one, the run itself listens.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     import torch
 
     torch.set_num_threads(1)
