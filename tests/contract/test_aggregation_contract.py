@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from statistics import median
 
 import pytest
 import torch
@@ -383,8 +384,12 @@ def test_zero_identical_opposite_and_huge_updates_keep_coefficients_bounded(case
     calibrator = DistanceCalibrator(Adapter(current.layout, goal))
     found = apply(rule, flush(current, entries, make_lora_rule(lora), calibrator=calibrator))
     assert found.adapter.is_finite()
-    assert all(math.isfinite(weight) and abs(weight) <= 1.0 + 1e-9 for weight in found.weights)
+    assert all(math.isfinite(weight) for weight in found.weights)
     assert sum(found.weights) <= len(kinds)
+    # Nobody's update moves the server further than itself, or than the middle one of the buffer.
+    lengths = [one.norm for one in entries]
+    for weight, length in zip(found.weights, lengths, strict=True):
+        assert abs(weight) * length <= max(length, median(lengths)) * (1 + 1e-6)
 
 
 # --- traps ------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 
 from alignfed.core.adapter import Adapter, difference, norm
 from alignfed.core.aggregation.alignfed import AlignFed
-from alignfed.core.aggregation.trust import LEAST_TRUST, growth
+from alignfed.core.aggregation.trust import LEAST_TRUST, falls, growth
 from alignfed.core.lora import FactorMean, ProductSum
 from alignfed.errors import RuleError
 from tests.contract.flushes import DistanceCalibrator, Given, aggregate, entry, flush, stale_flush
@@ -350,6 +350,16 @@ def test_early_harm_is_measured_against_the_last_flushes():
         state = dataclasses.replace(rule.init(current), losses=losses)
         _, step = aggregate(rule, state, away)
         assert (step.adapter.checksum != current.checksum) == taken
+
+
+def test_a_loss_falls_where_its_mean_does_by_more_than_it_scatters():
+    assert falls([3.0, 3.1, 2.0, 2.1], 2) is True
+    assert falls([3.0, 3.4, 3.1, 3.2], 2) is False
+    assert falls([2.0, 2.1, 3.0, 3.1], 2) is False
+    assert falls([2.0, 2.0, 2.0, 2.0], 2) is False
+    assert falls([3.0, 2.0, 2.1], 2) is None
+    assert falls([float("inf"), 3.0, 2.0, 2.1], 2) is None
+    assert falls([3.0, 2.0], 1) is None
 
 
 def test_trust_grows_the_more_slowly_the_later_a_step_is_felt():

@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 
 from alignfed.core.fairness import (
     cap_mean,
+    evenness,
     freshness,
     participation,
     reported_weight,
@@ -33,6 +34,22 @@ def test_participation_is_one_for_the_average_client():
     assert participation(1, 4.0, 0.5, 4.0) == 2.0
     assert participation(1, 100.0, 0.5, 4.0) == 4.0
     assert participation(100, 1.0, 0.5, 4.0) == 0.25
+
+
+@given(st.floats(1e-6, 1e6), st.floats(1e-6, 1e6), st.floats(0, 1), st.floats(1, 16))
+def test_a_longer_update_never_weighs_more_by_its_length(norm, middle, exponent, limit):
+    now = evenness(norm, middle, exponent, limit)
+    assert evenness(2 * norm, middle, exponent, limit) <= now
+    assert 1 / limit - 1e-12 <= now <= limit
+
+
+def test_an_update_of_the_middle_length_keeps_its_weight_and_a_quarter_of_it_counts_twice():
+    assert evenness(3.0, 3.0, 0.5, 4.0) == 1.0
+    assert evenness(0.75, 3.0, 0.5, 4.0) == 2.0
+    assert evenness(0.75, 3.0, 0.0, 4.0) == 1.0
+    assert evenness(0.0, 3.0, 0.5, 4.0) == 1.0
+    assert evenness(1e-9, 3.0, 0.5, 4.0) == 4.0
+    assert evenness(0.0, 0.0, 0.5, 4.0) == 1.0
 
 
 @given(weights)

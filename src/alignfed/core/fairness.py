@@ -46,6 +46,24 @@ def participation(uploads: int, mean_uploads: float, exponent: float, limit: flo
     return min(limit, max(1.0 / limit, factor))
 
 
+def evenness(norm: float, middle: float, exponent: float, limit: float) -> float:
+    """Return ``(middle / |delta_i|) ** exponent``, clipped to ``[1 / limit, limit]``.
+
+    A device that has time for a tenth of the steps moves about a tenth as far. Eq. 7 as reported
+    takes all of an update's length out of its weight (exponent 1); half of it is less noise.
+
+    Args:
+        norm: the update's length.
+        middle: the median length in its buffer.
+        exponent: 0 leaves lengths as they are; 1 gives every update the same length.
+        limit: largest factor, and the inverse of the smallest.
+    """
+    if min(norm, middle) <= NORM_FLOOR or not math.isfinite(middle):
+        return 1.0  # who says nothing has no length to even out
+    factor = float((middle / norm) ** exponent)
+    return min(limit, max(1.0 / limit, factor))
+
+
 def cap_mean(weights: Sequence[float]) -> tuple[float, ...]:
     """Return the weights, scaled down together if their mean over the buffer is above 1.
 

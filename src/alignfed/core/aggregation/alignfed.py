@@ -2,19 +2,18 @@
 
 After Wang, Gao and Wang 2026, "AlignFed" (arXiv 2606.08197). ``variant="paper"`` follows the
 equations as reported by third parties (there is no official code); the default departs from them
-where they fail, and says so in ``grouping.py``, ``alignment.py`` and ``fairness.py``;
-docs/method.md derives it. A flush of K updates of staleness ``s_i`` goes through these stages, each
-a pure function of the ones before:
+where they fail; docs/method.md derives it. A flush of K updates of staleness ``s_i`` goes through
+these stages, each a pure function of the ones before:
 
 1. alignment: each stale update is carried to the current version, by maps of its base version;
-2. fairness: weights ``w_i = f_i p_i`` (freshness, participation) over the whole buffer;
+2. fairness: weights ``w_i = f_i p_i e_i`` (freshness, participation, length) over the buffer;
 3. agreement: ``(G + lambda diag G) c = (1 + lambda) diag(G) w`` on the Gram matrix of the carried
    updates, long ones clipped first; a mean where clients agree, a sum where they do not; who
    contradicts all others is damped;
 4. grouping: within a base version, coefficients move towards their mean;
 5. memory: the mean of what absent clients said last is added;
-6. guard: the step is bounded in length, and halved while it harms the calibration loss or clearly
-   overshoots; with no calibration set, staleness shortens it instead.
+6. guard: the step is bounded in length, halved while it harms the calibration loss or clearly
+   overshoots, and kept short where that stands still; without it, staleness shortens it.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ from alignfed.core.agreement import (
     lengths,
     step_length,
 )
-from alignfed.core.fairness import cap_mean, participation, relative_freshness
+from alignfed.core.fairness import cap_mean, evenness, participation, relative_freshness
 from alignfed.core.grouping import damp_deviations
 from alignfed.core.instructions import ServerWork
 from alignfed.core.lora import is_linear, space_of
@@ -112,7 +111,10 @@ class AlignFed:
     )
     reported_decay: float = number(0.2, "gamma of exp(-gamma s), the paper variant's", low=0)
     participation_exponent: float = number(0.25, "of mean uploads / own uploads", low=0, high=2)
-    participation_limit: float = number(4.0, "largest participation factor", low=1)
+    participation_limit: float = number(4.0, "largest participation or length factor", low=1)
+    length_exponent: float = number(
+        0.5, "of median length / own length; short tasks move less far", low=0, high=1
+    )
     memory_share: float = number(
         1.0, "beta, weight of the mean over absent clients, times their accord", low=0, high=16
     )
@@ -337,9 +339,11 @@ class AlignFed:
         if not self.fairness:
             return (1.0,) * len(flush.updates)
         usual = fmean(seen_staleness(state, flush))
+        middle = median(entry.norm for entry in flush.updates)
         return cap_mean(
             [
                 relative_freshness(entry.staleness, usual, self.freshness_decay)
+                * evenness(entry.norm, middle, self.length_exponent, self.participation_limit)
                 * participation(
                     entry.uploads,
                     flush.mean_uploads,

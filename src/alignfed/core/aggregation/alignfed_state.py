@@ -20,15 +20,21 @@ class AlignFedState:
 
     Attributes:
         trust: what the guard multiplies the next step by before trying it.
+        ceiling: the most it may be, since the loss came to rest.
+        rested: flushes since that changed.
+        scales: what the guard multiplied the last steps by.
         norms: lengths (after clipping) of the last updates.
         staleness: of the last updates.
         calibrated_version: server version whose calibration loss is known (-1: none).
         calibration_loss: that loss, in nats.
-        losses: calibration losses before the last flushes, as far as the guard looks back.
+        losses: calibration losses before the last flushes, twice as far as the guard looks back.
         recall: what clients said last.
     """
 
     trust: float = 1.0
+    ceiling: float = 1.0
+    rested: int = 0
+    scales: tuple[float, ...] = ()
     norms: tuple[float, ...] = ()
     staleness: tuple[int, ...] = ()
     calibrated_version: int = -1

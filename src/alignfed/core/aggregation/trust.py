@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
+from statistics import fmean, variance
 
 from alignfed.core.adapter import Adapter
 from alignfed.core.aggregation.alignfed_state import AlignFedState
@@ -15,6 +15,9 @@ from alignfed.core.ports import Calibrator, Flush
 GROWTH = 5.0
 """A step that needed no halving lets the next one start longer by this share over the usual
 staleness, at most twice as long: what a longer step does is only seen in full that much later."""
+
+EASING = 1.25
+"""Where the loss falls for certain, the ceiling that a standstill left rises by this factor."""
 
 LEAST_TRUST = 2.0**-6
 """Shortest step the guard starts from; shorter ones would not be worth an upload."""
@@ -46,6 +49,23 @@ def growth(staleness: float) -> float:
     return 1.0 + min(1.0, GROWTH / staleness) if staleness > 0 else 2.0
 
 
+def falls(losses: Sequence[float], window: int) -> bool | None:
+    """Return whether the last ``window`` losses lie below those before by more than they scatter.
+
+    Below by less than the standard error of the difference of the two means is a standstill. None:
+    there are too few to tell, or some are not finite.
+
+    Args:
+        losses: in order; the last ``2 * window`` count.
+        window: how many make a mean, at least 2 to tell.
+    """
+    last, before = losses[-window:], losses[-2 * window : -window]
+    if window < 2 or len(before) < window or not all(map(math.isfinite, (*last, *before))):
+        return None
+    error = math.sqrt((variance(last) + variance(before)) / window)
+    return fmean(before) - fmean(last) > error
+
+
 def trusted_step(
     state: AlignFedState,
     flush: Flush,
@@ -72,13 +92,13 @@ def trusted_step(
     before, forwards = state.calibration_loss, 0
     if state.calibrated_version != flush.version:
         before, forwards = calibrator.loss(flush.adapter), 1
-    losses = (*state.losses, before)[-window:]
+    losses = (*state.losses, before)[-2 * window :]
     guarded = guarded_step(
         flush.adapter,
         candidate,
         calibrator,
         loss_before=before,
-        highest=max((loss for loss in losses if math.isfinite(loss)), default=before),
+        highest=max((loss for loss in losses[-window:] if math.isfinite(loss)), default=before),
         scale=state.trust,
         tolerance=tolerance,
         margin=margin,
@@ -88,17 +108,28 @@ def trusted_step(
     if guarded.scale == 0:
         trust /= 2
     elif guarded.halvings == 0:
-        trust = min(1.0, trust * growth(fmean(state.staleness)))
+        trust *= growth(fmean(state.staleness))
+    scales = (*state.scales, guarded.scale)[-window:]
+    ceiling, rested = state.ceiling, state.rested + 1
+    if rested >= window and (found := falls(losses, window)) is not None:
+        if not found:
+            ceiling, rested = max(LEAST_TRUST, min(ceiling, fmean(scales)) / 2), 0
+        elif ceiling < 1.0:
+            ceiling, rested = min(1.0, ceiling * EASING), 0
     known = math.isfinite(guarded.loss)
     measured = {"calibration_loss_before": before, "calibration_loss_after": guarded.loss}
     notes = {
         **{name: loss for name, loss in measured.items() if math.isfinite(loss)},
         "step_scale": guarded.scale,
+        "step_ceiling": ceiling,
         "backtracks": float(guarded.halvings),
     }
     state = replace(
         state,
-        trust=max(LEAST_TRUST, trust),
+        trust=max(LEAST_TRUST, min(ceiling, trust)),
+        ceiling=ceiling,
+        rested=rested,
+        scales=scales,
         losses=losses if math.isfinite(before) else state.losses,
         calibrated_version=flush.version + 1 if known else -1,
         calibration_loss=guarded.loss if known else 0.0,
