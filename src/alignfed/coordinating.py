@@ -9,7 +9,6 @@ from alignfed.config import Recipe
 from alignfed.core.adapter import Adapter
 from alignfed.core.aggregation import make_rule
 from alignfed.core.coordinator import Coordinator
-from alignfed.core.local_steps import StepsBySpeed
 from alignfed.core.lora import Exchange, make_lora_rule
 from alignfed.core.ports import Calibrator
 from alignfed.core.state import CoordinatorSettings, StopConditions
@@ -60,16 +59,8 @@ def coordinator_settings(recipe: Recipe) -> CoordinatorSettings:
             patience=or_never(stop.patience),
             min_improvement=stop.min_improvement,
         ),
-        local_steps=local_steps_of(recipe),
+        local_steps=recipe.steps_by_speed,
     )
-
-
-def local_steps_of(recipe: Recipe) -> StepsBySpeed | None:
-    """Return what assigns local steps by speed; None: everybody takes the recipe's."""
-    steps, strategy = recipe.training.steps, recipe.strategy
-    ours = strategy.rule == "alignfed" and strategy.settings.get("variant") != "paper"
-    by_speed = ours if strategy.local_steps == "auto" else strategy.local_steps == "by_speed"
-    return StepsBySpeed(steps) if by_speed and steps is not None else None
 
 
 def or_never(limit: float | None) -> float:

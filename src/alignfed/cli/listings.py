@@ -102,22 +102,23 @@ def print_plan(console: Console, plan: Plan) -> None:
         soft_wrap=True,
     )
     table = _table(
-        "on each kind of device", "kind", "of the fleet", "memory", "fits", "a step", "a task",
-        "adapter down and up",
+        "on each kind of device", "kind", "share", "memory", "a step", "steps", "a task", "network",
     )  # fmt: skip
     table.columns[0].no_wrap = True
     for tier in plan.tiers:
-        task_s = None if plan.steps is None else plan.steps * tier.step_s + tier.transfer_s
+        task_s = None if tier.steps is None else tier.steps * tier.step_s + tier.transfer_s
         table.add_row(
             tier.tier,
             f"{tier.share:.0%}" if tier.share else "",
-            size(tier.memory_bytes),
-            "[green]yes[/green]" if tier.fits else "[red]no[/red]",
+            size(tier.memory_bytes) + ("" if tier.fits else "[red]*[/red]"),
             duration(tier.step_s),
+            "" if tier.steps is None else str(tier.steps),
             duration(task_s),
             duration(tier.transfer_s),
         )
     console.print(table)
+    if not all(tier.fits for tier in plan.tiers):
+        console.print("[red]*[/red] too little memory for this recipe", highlight=False)
     short = [tier.tier for tier in plan.tiers if tier.share and not tier.fits]
     if short:
         console.print(

@@ -21,6 +21,7 @@ from alignfed.config.run import (
 )
 from alignfed.config.section import BUILTIN, Section, UnfitError, key, table
 from alignfed.config.words import joined, toml_text
+from alignfed.core.local_steps import StepsBySpeed
 from alignfed.errors import RuleError
 from alignfed.training.naming import nearest_name
 
@@ -62,6 +63,14 @@ class Recipe(Section):
         if problems:
             raise UnfitError(problems)
         return self
+
+    @property
+    def steps_by_speed(self) -> StepsBySpeed | None:
+        """What assigns local steps by device speed; None: everybody takes the recipe's."""
+        steps, strategy = self.training.steps, self.strategy
+        ours = strategy.rule == "alignfed" and strategy.settings.get("variant") != "paper"
+        by_speed = ours if strategy.local_steps == "auto" else strategy.local_steps == "by_speed"
+        return StepsBySpeed(steps) if by_speed and steps is not None else None
 
     def to_toml(self) -> str:
         """Return the recipe as TOML, every key that is set; reading it gives the same recipe."""

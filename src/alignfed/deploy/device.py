@@ -15,7 +15,6 @@ from alignfed import builtin
 from alignfed.build import build_data, data_settings, model_settings, template_of
 from alignfed.config import Recipe
 from alignfed.config.section import BUILTIN
-from alignfed.coordinating import local_steps_of
 from alignfed.core.adapter import Adapter
 from alignfed.core.lora import LORA_RULES, Exchange, exchange_of
 from alignfed.core.ports import ClientTrainer, TrainingJob
@@ -157,7 +156,7 @@ def build_device(
     rule = recipe.strategy.lora
     # Product rules factor each version anew: what one upload lost has no place in the next.
     feedback = LORA_RULES[rule].space == "factor"
-    step_s = None if local_steps_of(recipe) is None else _tried_step_s(trainer, client_id)
+    step_s = None if recipe.steps_by_speed is None else _tried_step_s(trainer, client_id)
     return Device(client_id, training_digest(recipe), trainer, exchange_of(rule), feedback, step_s)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from alignfed.builtin import MODEL_PATH
 from alignfed.config import Recipe
 from alignfed.config.section import BUILTIN
 from alignfed.core.adapter import Adapter, AdapterLayout, DenseShape, LoraShape
+from alignfed.core.local_steps import ClientSpeeds
 from alignfed.errors import RecipeError
 from alignfed.planning.blueprint import (
     Blueprint,
@@ -36,6 +38,8 @@ class TierPlan:
         memory_bytes: what training may use on it.
         fits: whether that is enough.
         step_s: seconds of one local step of full length.
+        steps: local steps of a task, by the kind's speed where the recipe asks for that; None where
+            epochs decide.
         transfer_s: seconds of the adapter's way down and up.
         source: where the kind's figures come from.
     """
@@ -45,6 +49,7 @@ class TierPlan:
     memory_bytes: float
     fits: bool
     step_s: float
+    steps: int | None
     transfer_s: float
     source: str
 
@@ -61,7 +66,6 @@ class Plan:
         memory: memory of local training, by what uses it.
         flops_per_token: forward and backward.
         tokens_per_step: batch size times longest sequence.
-        steps: local steps a task, None where epochs decide.
         tiers: every kind of device.
     """
 
@@ -72,7 +76,6 @@ class Plan:
     memory: MemoryNeed
     flops_per_token: float
     tokens_per_step: int
-    steps: int | None
     tiers: tuple[TierPlan, ...]
 
 
@@ -126,7 +129,6 @@ def make_plan(recipe: Recipe) -> Plan:
         memory,
         flops,
         tokens,
-        recipe.training.steps,
         tuple(_tiers(recipe, memory.total_bytes, tokens * flops, size_bytes)),
     )
 
@@ -221,20 +223,43 @@ def _tiers(recipe: Recipe, needed_bytes: int, step_flops: float, size_bytes: int
     shares = PRESETS[fleet.preset].shares if fleet.preset is not None else {}
     if fleet.distribution is not None:
         shares = {fleet.reference: 1.0}
-    tiers = []
-    for name, kind in KINDS.items():
-        device = kind.device
-        if fleet.efficiency is not None:
-            device = replace(device, efficiency=fleet.efficiency)
-        tiers.append(
-            TierPlan(
-                name,
-                shares.get(name, 0.0),
-                device.memory_bytes,
-                device.memory_bytes >= needed_bytes,
-                step_flops / (device.flops_per_s * device.efficiency),
-                size_bytes / device.down_bytes_per_s + size_bytes / device.up_bytes_per_s,
-                kind.source,
-            )
+    devices = {
+        name: kind.device
+        if fleet.efficiency is None
+        else replace(kind.device, efficiency=fleet.efficiency)
+        for name, kind in KINDS.items()
+    }
+    step_s = {
+        name: step_flops / (one.flops_per_s * one.efficiency) for name, one in devices.items()
+    }
+    steps = _local_steps(recipe, step_s, shares)
+    return [
+        TierPlan(
+            name,
+            shares.get(name, 0.0),
+            device.memory_bytes,
+            device.memory_bytes >= needed_bytes,
+            step_s[name],
+            steps[name],
+            size_bytes / device.down_bytes_per_s + size_bytes / device.up_bytes_per_s,
+            KINDS[name].source,
         )
-    return tiers
+        for name, device in devices.items()
+    ]
+
+
+def _local_steps(
+    recipe: Recipe, step_s: Mapping[str, float], shares: Mapping[str, float]
+) -> dict[str, int | None]:
+    """Return what a client of each kind is given in a fleet of these shares."""
+    by_speed = recipe.steps_by_speed
+    if by_speed is None or not shares:
+        return dict.fromkeys(step_s, recipe.training.steps)
+    fleet = [step_s[name] for name, share in shares.items() for _ in range(round(1000 * share))]
+    given: dict[str, int | None] = {}
+    for name, own_s in step_s.items():
+        speeds = ClientSpeeds()
+        for client_id, one_s in enumerate([own_s, *fleet]):
+            by_speed.learn(speeds, client_id, one_s)
+        given[name] = by_speed.assign(speeds, 0)
+    return given
