@@ -71,10 +71,15 @@ def test_tasks_are_trained_one_after_another_with_one_model_load(tmp_path, start
             gone.connect(str(directory.trainer_socket))
         refusal = side.answer(order_for(start, "0" * 64, 9))
         assert isinstance(refusal, Failure) and "same recipe" in refusal.reason
-        assert side.answer(CollectOrder("run-1", digest, (1,))).payloads == {}
+        nothing = side.answer(CollectOrder("run-1", digest, (1,)))
+        assert nothing.payloads == {} and nothing.step_s == read_status(directory.status).step_s
+        assert nothing.step_s is not None and 0 < nothing.step_s < 60
+        given = side.answer(order_for(start, digest, 3, dispatch=3, steps=2))
+        claims, _ = decode_upload(given.payloads[3], start)
+        assert 0 < claims.metrics["step_s"] < 60
         assert stat.S_IMODE(directory.trainer_socket.stat().st_mode) == 0o600
     status = read_status(directory.status)
-    assert (status.model_loads, status.tasks) == (1, 3)
+    assert (status.model_loads, status.tasks) == (1, 4)
     assert "same recipe" in status.last_error
 
 

@@ -19,6 +19,9 @@ staleness, at most twice as long: what a longer step does is only seen in full t
 EASING = 1.25
 """Where the loss falls for certain, the ceiling that a standstill left rises by this factor."""
 
+MOST_WINDOW = 1024
+"""Flushes at most whose mean loss is held against that of as many before."""
+
 LEAST_TRUST = 2.0**-6
 """Shortest step the guard starts from; shorter ones would not be worth an upload."""
 
@@ -92,7 +95,10 @@ def trusted_step(
     before, forwards = state.calibration_loss, 0
     if state.calibrated_version != flush.version:
         before, forwards = calibrator.loss(flush.adapter), 1
-    losses = (*state.losses, before)[-2 * window :]
+    # What a step does is seen in full only as many versions later as updates are stale.
+    usual = fmean(state.staleness) if state.staleness else 0.0
+    rest = min(MOST_WINDOW, window * max(1, round(usual / window)))
+    losses = (*state.losses, before)[-2 * rest :]
     guarded = guarded_step(
         flush.adapter,
         candidate,
@@ -108,10 +114,10 @@ def trusted_step(
     if guarded.scale == 0:
         trust /= 2
     elif guarded.halvings == 0:
-        trust *= growth(fmean(state.staleness))
-    scales = (*state.scales, guarded.scale)[-window:]
+        trust *= growth(usual)
+    scales = (*state.scales, guarded.scale)[-rest:]
     ceiling, rested = state.ceiling, state.rested + 1
-    if rested >= window and (found := falls(losses, window)) is not None:
+    if rested >= rest and (found := falls(losses, rest)) is not None:
         if not found:
             ceiling, rested = max(LEAST_TRUST, min(ceiling, fmean(scales)) / 2), 0
         elif ceiling < 1.0:
