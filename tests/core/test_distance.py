@@ -57,7 +57,12 @@ def test_what_is_odd_or_large_is_left_to_be_measured_alone():
         assert small_distances([other], [base]) is None
     large = adapter(SMALL, 1)
     assert small_distances([large], [large]) is None
-    for buffer in (torch.zeros(5), torch.zeros(1, 21), torch.zeros(21, dtype=torch.float64)):
+    for buffer in (
+        torch.zeros(5),
+        torch.zeros(1, 21),
+        torch.zeros(21, dtype=torch.float64),
+        torch.zeros(21, dtype=torch.bfloat16),
+    ):
         claimed = Adapter(base.layout, {torch.float32: buffer})
         assert small_distances([claimed], [base]) is None
         assert small_distances([base, claimed], [base, base]) is None

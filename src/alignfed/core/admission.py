@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Container
 from dataclasses import dataclass, field
 
-from alignfed.core.adapter import AdapterLayout
+from alignfed.core.adapter import Adapter, AdapterLayout
 from alignfed.core.instructions import RejectReason
 from alignfed.core.update import Task, Update
 
@@ -137,9 +137,8 @@ def check_answer(
     return None
 
 
-def check_shape(update: Update, expected: AdapterLayout) -> Rejection | None:
-    """Check what an upload holds before its numbers are read: names, shapes, dtypes, examples."""
-    adapter, count = update.adapter, update.num_examples
+def check_shape(adapter: Adapter, expected: AdapterLayout) -> Rejection | None:
+    """Check what an upload holds before its numbers are read: names, shapes, dtypes."""
     # Layouts made in this process are mostly one object: see Adapter.pack.
     if adapter.layout is not expected and adapter.layout != expected:
         return _wrong_layout(adapter.layout, expected)
@@ -153,18 +152,13 @@ def check_shape(update: Update, expected: AdapterLayout) -> Rejection | None:
             return Rejection(
                 RejectReason.WRONG_SHAPE, f"{dtype} buffer is {found}, expected ({size},)"
             )
-    if type(count) is not int or count < 1:
-        return Rejection(
-            RejectReason.NO_EXAMPLES,
-            f"num_examples={count!r}, must be a whole number of at least 1",
-        )
     return None
 
 
 def check_numbers(
     update: Update, update_norm: float, history: NormHistory, steps: int | None = None
 ) -> Rejection | None:
-    """Check that all numbers are finite, and the innovation's norm against those before it.
+    """Check the count of examples, that all is finite, and the norm against those before it.
 
     Args:
         update: an upload of the right shape.
@@ -172,6 +166,12 @@ def check_numbers(
         history: norms accepted lately.
         steps: local steps that the server assigned, if it did.
     """
+    count = update.num_examples
+    if type(count) is not int or count < 1:
+        return Rejection(
+            RejectReason.NO_EXAMPLES,
+            f"num_examples={count!r}, must be a whole number of at least 1",
+        )
     # A finite adapter may be too far away to be squared: only then are its elements looked at.
     if not math.isfinite(update_norm) and not update.adapter.is_finite():
         return Rejection(RejectReason.NOT_FINITE, "the adapter holds NaN or infinite elements")

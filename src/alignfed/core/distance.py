@@ -50,21 +50,27 @@ def small_distances(adapters: Sequence[Adapter], bases: Sequence[Adapter]) -> li
 
     Returns:
         None where there is nothing to win or one of them is odd: not all of one layout, not small,
-        not fp32 alone, or an adapter whose buffers are not what its layout says.
+        not fp32 alone, or an adapter whose buffers are not what its layout says. Whoever is given
+        distances need not look at layouts, shapes and dtypes again.
     """
-    layout = bases[0].layout
-    count = layout.sizes.get(torch.float32, 0)
+    layout, fp32 = bases[0].layout, torch.float32
+    count = layout.sizes.get(fp32, 0)
     if len(layout.sizes) > 1 or not 0 < count <= SMALL:
         return None
-    if not all(adapter.layout is layout for adapter in (*adapters, *bases)):
-        return None
+    buffers = []
+    for adapter in (*adapters, *bases):
+        buffer = adapter.buffers.get(fp32)
+        # Rows of two dtypes would be stacked without a word.
+        if adapter.layout is not layout or buffer is None or buffer.dtype is not fp32:
+            return None
+        buffers.append(buffer)
     try:
-        new = torch.stack([adapter.buffers[torch.float32] for adapter in adapters])
-        old = torch.stack([base.buffers[torch.float32] for base in bases])
-    except (KeyError, RuntimeError):
+        rows = torch.stack(buffers)
+    except RuntimeError:  # of different shapes
         return None
-    if new.shape != (len(adapters), count) or new.dtype is not torch.float32:
+    if rows.shape != (2 * len(adapters), count):
         return None
+    new, old = rows.chunk(2)
     found: list[float] = torch.linalg.vector_norm(new - old, dim=1).tolist()
     return found
 

@@ -44,18 +44,18 @@ def judge(
     served = snapshot.adapter
     if exchange.whole and not served.layout.folded:
         # The usual case, in one step: what was sent is the server's, what came is all of it.
-        if (rejection := check_shape(update, served.layout)) is not None:
-            return rejection
-        # From here on equal layouts are one object, so that nobody compares them again.
-        adapter = with_layout(update.adapter, served.layout)
-        update_norm = event.distance
+        adapter, update_norm = update.adapter, event.distance
         if update_norm is None:
+            if (rejection := check_shape(adapter, served.layout)) is not None:
+                return rejection
+            # From here on equal layouts are one object, so that nobody compares them again.
+            adapter = with_layout(adapter, served.layout)
             update_norm = distance(adapter, served)
         rejection = check_numbers(update, update_norm, state.norms, task.steps)
         return (adapter, served, update_norm) if rejection is None else rejection
     sent = snapshot.sent_to(exchange, update.client_id)
     expected = exchange.upload_layout(sent.layout)
-    if (rejection := check_shape(update, expected)) is not None:
+    if (rejection := check_shape(update.adapter, expected)) is not None:
         return rejection
     upload = with_layout(update.adapter, expected)
     adapter = with_layout(exchange.complete(upload, sent), sent.layout)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from alignfed.core.value import value
 from alignfed.errors import FleetError
@@ -49,6 +50,10 @@ class TaskCost:
                     field=name,
                     value=value,
                 )
+
+
+task_cost = lru_cache(maxsize=4096)(TaskCost)
+"""Return a ``TaskCost``; those of equal sizes are one object, checked once."""
 
 
 @dataclass(frozen=True, slots=True)

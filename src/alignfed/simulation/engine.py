@@ -38,7 +38,7 @@ from alignfed.core.instructions import (
 from alignfed.core.ports import ClientTrainer, Evaluation, Journal
 from alignfed.core.update import Task, Update
 from alignfed.simulation.clock import VirtualClock
-from alignfed.simulation.cost import ServerProfile, TaskCost
+from alignfed.simulation.cost import ServerProfile, task_cost
 from alignfed.simulation.fleet import Fleet
 from alignfed.simulation.lookahead import Lookahead
 from alignfed.simulation.state import (
@@ -333,7 +333,7 @@ class Engine:
         work = parts.trainer.work(task)
         exchange = parts.coordinator.exchange
         down_bytes, up_bytes = exchange.transfer_bytes(start.layout, first=task.dispatch == 0)
-        cost = TaskCost(work.tokens, work.flops_per_token, down_bytes, up_bytes)
+        cost = task_cost(work.tokens, work.flops_per_token, down_bytes, up_bytes)
         start_s = time_s if time_s > state.server_free_s else state.server_free_s
         times = parts.fleet.task_times(client_id, start_s, cost)
         state.downloaded_bytes += down_bytes
