@@ -53,9 +53,9 @@ def test_a_single_factor_travels_by_name_even_where_every_shape_is_equal(name, p
 def test_a_frozen_a_is_downloaded_once_and_a_kept_b_never():
     layout = square(1).layout
     ffa, fedsa = exchange_of("ffa"), exchange_of("fedsa")
-    assert ffa.transfer_bytes(layout, first=True)[0] == layout.size_bytes
-    assert ffa.transfer_bytes(layout, first=False)[0] * 2 == layout.size_bytes
-    assert fedsa.transfer_bytes(layout, first=True)[0] * 2 == layout.size_bytes
+    assert ffa.transfer_bytes(layout, 0)[0] == layout.size_bytes
+    assert ffa.transfer_bytes(layout, 1)[0] * 2 == layout.size_bytes
+    assert fedsa.transfer_bytes(layout, 0)[0] * 2 == layout.size_bytes
 
 
 def test_a_client_goes_on_with_the_b_it_kept_and_the_a_it_is_sent():

@@ -56,9 +56,8 @@ class NormHistory:
         count = len(ordered)
         if count < self.min_count:
             return math.inf
-        half = count // 2
-        middle = ordered[half] if count % 2 else (ordered[half - 1] + ordered[half]) / 2
-        return self.max_ratio * middle
+        half = count // 2  # ~half is its mirror: the same one where the count is odd
+        return self.max_ratio * ((ordered[half] + ordered[~half]) / 2)
 
 
 def check_origin(

@@ -27,7 +27,6 @@ from alignfed.core.events import (
 )
 from alignfed.core.instructions import (
     AppliedUpload,
-    Dispatch,
     Evaluate,
     Instruction,
     Publish,
@@ -69,6 +68,7 @@ class Coordinator:
             leaves it as it came.
         scheduler: the rule's, if it has one.
         ahead: what the rule does on an upload's arrival, if it does anything.
+        synchronous: whether the rule works in rounds.
     """
 
     settings: CoordinatorSettings
@@ -79,11 +79,13 @@ class Coordinator:
     put_by: Callable[[Adapter], Adapter] | None = None
     scheduler: Scheduler | None = field(init=False)
     ahead: WorkAhead | None = field(init=False)
+    synchronous: bool = field(init=False)
 
     def __post_init__(self) -> None:
         """Look up once, not with every event, what not every rule has."""
         object.__setattr__(self, "scheduler", scheduler_of(self.rule))
         object.__setattr__(self, "ahead", ahead_of(self.rule))
+        object.__setattr__(self, "synchronous", self.rule.synchronous)
 
     def initial_state(self, adapter: Adapter) -> CoordinatorState:
         """Return the state before the first event, with ``adapter`` as version 0."""
@@ -143,21 +145,23 @@ class Coordinator:
         update, now_s = event.update, event.time_s
         task = state.tasks.get(update.task_id)
         judged = judge(state, self.exchange, event, task)
-        rejection = judged if isinstance(judged, admission.Rejection) else None
         if task is not None and task.client_id == update.client_id:
             state.received += 1
-            if update.metrics:
+            if "tokens" in update.metrics:
                 state.tokens += update.reported_tokens
-                if (by_speed := self.settings.local_steps) is not None:
-                    said_s = update.metrics.get("step_s")
-                    by_speed.learn(state.speeds, update.client_id, said_s)
-            tasks.end_task(state, self.settings, task, now_s, failed=rejection is not None)
+            if (by_speed := self.settings.local_steps) is not None:
+                by_speed.learn(state.speeds, update.client_id, update.metrics.get("step_s"))
+        else:  # it answers nothing, so that it was refused
+            task = None
         if isinstance(judged, admission.Rejection):
+            if task is not None:
+                tasks.fail(state, self.settings, task, now_s)
             state.rejections[judged.reason] += 1
             out.append(Reject(update.task_id, update.client_id, judged.reason, judged.detail))
         else:
-            adapter, base, update_norm = judged
             assert task is not None
+            tasks.finish(state, task)
+            adapter, base, update_norm = judged
             state.norms.add(update_norm / (task.steps or 1))
             self._buffer(state, update, adapter, base, update_norm, now_s)
         self._after_answer(state, now_s, out)
@@ -168,14 +172,15 @@ class Coordinator:
         task = state.tasks.get(event.task_id)
         if task is not None and task.client_id == event.client_id:
             state.received += state.stopped is None
-            tasks.end_task(state, self.settings, task, event.time_s, failed=True)
+            tasks.fail(state, self.settings, task, event.time_s)
         state.rejections[event.reason] += 1
         out.append(Reject(event.task_id, event.client_id, event.reason, event.detail))
         self._after_answer(state, event.time_s, out)
 
     def _after_answer(self, state: CoordinatorState, now_s: float, out: list[Instruction]) -> None:
-        if state.stopped is None:
-            self._flush_if_complete(state, now_s, out)
+        if state.stopped is not None:
+            return
+        self._flush_if_complete(state, now_s, out)
         if state.stopped is None:
             stop = self.settings.stop
             if state.received >= stop.max_uploads:
@@ -230,16 +235,11 @@ class Coordinator:
             self._end(state, StopReason.PATIENCE, out)
 
     def _give_work(self, state: CoordinatorState, now_s: float, out: list[Instruction]) -> None:
-        synchronous, exchange = self.rule.synchronous, self.exchange
-        if synchronous and (state.tasks or state.buffer):
+        if self.synchronous and (state.tasks or state.buffer):
             return
-        given = tasks.hand_out(state, self.settings, now_s, self.scheduler)
-        if not given:
-            return
-        snapshot = state.snapshots[state.version]
-        for task in given:
-            out.append(Dispatch(task, snapshot.sent_to(exchange, task.client_id)))
-        if synchronous:
+        scheduler, exchange = self.scheduler, self.exchange
+        given = tasks.hand_out(state, self.settings, exchange, scheduler, now_s, out)
+        if given and self.synchronous:
             state.flush_due_s = now_s + self.settings.flush_timeout_s
 
     # --- uploads and versions -------------------------------------------------------------
@@ -253,13 +253,12 @@ class Coordinator:
         update_norm: float,
         now_s: float,
     ) -> None:
-        rule = self.rule
         record = state.clients[update.client_id]
         uploads = record.uploads = record.uploads + 1
         state.accepted += 1
         if uploads == 1:
             state.participants += 1
-        if not state.buffer and not rule.synchronous:
+        if not state.buffer and not self.synchronous:
             state.flush_due_s = now_s + self.settings.flush_timeout_s
         entry = BufferedUpdate(
             update.task_id,
@@ -274,14 +273,15 @@ class Coordinator:
         state.buffer.append(entry)
         if self.put_by is not None:
             adapter = self.put_by(adapter)
-        gathered = state.gathered = rule.receive(state.gathered, entry, adapter, base, self.lora)
+        lora = self.lora
+        gathered = state.gathered = self.rule.receive(state.gathered, entry, adapter, base, lora)
         if self.ahead is not None:
-            self.ahead(gathered, state.adapter, self.lora, self.calibrator)
+            self.ahead(gathered, state.adapter, lora, self.calibrator)
 
     def _flush_if_complete(
         self, state: CoordinatorState, now_s: float, out: list[Instruction]
     ) -> None:
-        if self.rule.synchronous:
+        if self.synchronous:
             complete = not state.tasks
         elif self.scheduler is not None:
             accepted = {entry.task_id for entry in state.buffer}
@@ -292,7 +292,7 @@ class Coordinator:
             self._flush(state, now_s, out)
 
     def _close_round(self, state: CoordinatorState, now_s: float) -> None:
-        if self.rule.synchronous:
+        if self.synchronous:
             for task in list(state.tasks.values()):
                 tasks.expire(state, self.settings, task, now_s)
 

@@ -22,14 +22,11 @@ def judge(
     update = event.update
     if state.stopped is not None:
         return Rejection(RejectReason.RUN_STOPPED, f"the run ended: {state.stopped}")
-    snapshot = state.snapshots.get(update.base_version)
     if (
         task is None
-        or snapshot is None
         or task.client_id != update.client_id
         or task.base_version != update.base_version
     ):
-        # A task in flight has a client that joined and a version that is held.
         stranger = check_origin(
             update,
             known_client=update.client_id in state.clients,
@@ -41,6 +38,8 @@ def judge(
         )
         assert stranger is not None
         return stranger
+    # A task in flight has a client that joined and a version that is held.
+    snapshot = state.snapshots[task.base_version]
     served = snapshot.adapter
     if exchange.whole and not served.layout.folded:
         # The usual case, in one step: what was sent is the server's, what came is all of it.

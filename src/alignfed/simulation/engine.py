@@ -123,7 +123,6 @@ class Engine:
     def _prepare(self) -> None:
         """Set up what lasts no longer than a step, and what the parts fix for the whole run."""
         self._to_handle: deque[Event] = deque()
-        self._happened: list[Event | Instruction | TaskLost] = []
         parts, stop = self._parts, self._parts.coordinator.settings.stop
         self._idle_limit = parts.idle_limit
         self._lookahead = Lookahead(
@@ -175,7 +174,7 @@ class Engine:
         clock runs empty (every client gone for good), or timers and availability keep it full
         while nothing brings the run nearer to its end (``EngineParts.idle_limit``).
         """
-        state, progress = self._state, self._progress
+        state = self._state
         if state.coordinator.stopped is not None or state.idle_events > self._idle_limit:
             return False
         if not self._begun:
@@ -186,23 +185,14 @@ class Engine:
         except IndexError:
             return False
         _ON_CLOCK[type(event)](self, event)
-        reached = progress(state.coordinator)
-        if reached == self._reached:
-            self._note_idle()
-        elif state.idle_events:
-            state.idle.clear()
-            state.idle_events = 0
-        self._reached = reached
-        self._happened.clear()
         return state.coordinator.stopped is None
 
-    def _note_idle(self) -> None:
-        """Count what happened in a step that brought the run no nearer to its end."""
-        for item in self._happened:
-            kind, weight = _kind_and_weight(item)
-            if weight:
-                self._state.idle[kind] += 1
-                self._state.idle_events += weight
+    def _note_idle(self, item: Event | Instruction | TaskLost) -> None:
+        """Count something that brought the run no nearer to its end."""
+        kind, weight = _kind_and_weight(item)
+        if weight:
+            self._state.idle[kind] += 1
+            self._state.idle_events += weight
 
     # --- what happens on the clock --------------------------------------------------------
 
@@ -214,8 +204,6 @@ class Engine:
                 self._handle(ClientJoined(0.0, client_id, self._step_s(client_id)))
             self._schedule_availability(client_id, 0.0)
         self._handle(RunStarted(0.0))
-        self._note_idle()
-        self._happened.clear()
 
     def _on_upload_due(self, due: UploadDue) -> None:
         state, task_id = self._state, due.task_id
@@ -247,7 +235,7 @@ class Engine:
             return
         self._release(running)
         self._state.lost_tasks += 1
-        self._happened.append(lost)
+        self._note_idle(lost)
         if lost.reported:
             task = running.task
             self._handle(TaskFailed(self._server_time(), task.task_id, task.client_id, lost.reason))
@@ -286,19 +274,25 @@ class Engine:
         return now_s if now_s > free_s else free_s
 
     def _handle(self, event: Event) -> None:
-        waiting, state, parts = self._to_handle, self._state, self._parts
-        handle, journal, happened = parts.coordinator.handle, parts.journal, self._happened
+        state, parts = self._state, self._parts
         while True:
-            happened.append(event)
-            state.coordinator, instructions = handle(state.coordinator, event)
-            if journal is not None:
-                journal.record(event, instructions)
-            happened += instructions
+            coordinator, instructions = parts.coordinator.handle(state.coordinator, event)
+            state.coordinator = coordinator
+            if parts.journal is not None:
+                parts.journal.record(event, instructions)
+            reached = self._progress(coordinator)
+            if reached == self._reached:
+                for item in (event, *instructions):
+                    self._note_idle(item)
+            elif state.idle_events:
+                state.idle.clear()
+                state.idle_events = 0
+            self._reached = reached
             for instruction in instructions:
                 _CARRY_OUT[type(instruction)](self, instruction, event.time_s)
-            if not waiting:
+            if not self._to_handle:
                 return
-            event = waiting.popleft()
+            event = self._to_handle.popleft()
 
     def _set_timer(self, timer: SetTimer, time_s: float) -> None:
         at_s = max(timer.at_s, self._state.now_s)
@@ -332,7 +326,7 @@ class Engine:
             self._abandon(client_id)
         work = parts.trainer.work(task)
         exchange = parts.coordinator.exchange
-        down_bytes, up_bytes = exchange.transfer_bytes(start.layout, first=task.dispatch == 0)
+        down_bytes, up_bytes = exchange.transfer_bytes(start.layout, task.dispatch)
         cost = task_cost(work.tokens, work.flops_per_token, down_bytes, up_bytes)
         start_s = time_s if time_s > state.server_free_s else state.server_free_s
         times = parts.fleet.task_times(client_id, start_s, cost)
@@ -365,16 +359,11 @@ class Engine:
 
 def _kind_and_weight(item: Event | Instruction | TaskLost) -> tuple[str, int]:
     """Return what an idle run's report calls an item, and the events it counts as."""
-    match item:
-        case Dispatch():
-            return "Dispatch", DISPATCH_WEIGHT
-        case Reject():
-            return item.reason.value, REFUSAL_WEIGHT
-        case TaskLost():
-            return f"task lost: {item.reason}", 1
-        case Publish() | Evaluate() | SetTimer() | Stop():
-            return "", 0  # what the server does itself
-    return type(item).__name__, 1
+    if isinstance(item, Reject):
+        return item.reason.value, REFUSAL_WEIGHT
+    if isinstance(item, TaskLost):
+        return f"task lost: {item.reason}", 1
+    return type(item).__name__, _IDLE_WEIGHTS.get(type(item), 1)
 
 
 def own_adapters(parts: EngineParts, state: EngineState, adapter: Adapter) -> Mapping[int, Adapter]:
@@ -383,6 +372,11 @@ def own_adapters(parts: EngineParts, state: EngineState, adapter: Adapter) -> Ma
     return {client_id: rejoin(adapter, state.kept.get(client_id)) for client_id in parts.clients}
 
 
+# What the server does itself counts for nothing.
+_IDLE_WEIGHTS: Mapping[type, int] = {
+    Dispatch: DISPATCH_WEIGHT,
+    **dict.fromkeys((Publish, Evaluate, SetTimer, Stop, EvaluationFinished), 0),
+}
 _ON_CLOCK: Mapping[type, Callable[[Engine, Any], None]] = {
     UploadDue: Engine._on_upload_due,
     TaskLost: Engine._on_task_lost,

@@ -112,8 +112,8 @@ class Exchange:
         ]
         return AdapterLayout((), tuple(sorted([*single, *sent.dense])))
 
-    def transfer_bytes(self, sent: AdapterLayout, *, first: bool) -> tuple[int, int]:
-        """Return the bytes of one download and of the upload that answers it.
+    def transfer_bytes(self, sent: AdapterLayout, dispatch: int) -> tuple[int, int]:
+        """Return the bytes of a client's download number ``dispatch``, and of its answer.
 
         A factor that never changes travels down once (FFA-LoRA's A, with the client's first task);
         one that is the client's own never does (FedSA-LoRA's B).
@@ -121,7 +121,7 @@ class Exchange:
         if self.whole and not sent.folded:
             return sent.size_bytes, sent.size_bytes
         up_bytes = self.upload_layout(sent).size_bytes
-        if self.uploaded == "both" or (first and not self.keeps):
+        if self.uploaded == "both" or (dispatch == 0 and not self.keeps):
             return sent.size_bytes, up_bytes
         return up_bytes, up_bytes
 

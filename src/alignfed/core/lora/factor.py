@@ -97,15 +97,15 @@ class FactorMean:
             require_same_layout(update, base)
         if total is None:
             total = FactorSum()
-        if base_version in total.shares:
-            total.shares[base_version] += coefficient
+        shares = total.shares
+        if base_version in shares:
+            shares[base_version] += coefficient
         else:
             total.bases[base_version] = base
-            total.shares[base_version] = coefficient
-        waiting = total.waiting
-        waiting.append((coefficient, update))
+            shares[base_version] = coefficient
+        total.waiting.append((coefficient, update))
         total.waiting_bytes += update.layout.size_bytes
-        if len(waiting) >= WAITING_UPDATES and total.waiting_bytes >= WAITING_BYTES:
+        if total.waiting_bytes >= WAITING_BYTES and len(total.waiting) >= WAITING_UPDATES:
             _add_waiting(total)
         return total
 
