@@ -105,7 +105,7 @@ class Engine:
         """Set up virtual time zero with ``adapter`` as version 0."""
         self._parts = parts
         self._state = EngineState(parts.coordinator.initial_state(adapter))
-        self._clock: VirtualClock[ClockEvent] = VirtualClock()
+        self._clock: VirtualClock[ClockEvent, UploadDue] = VirtualClock()
         self._begun = False
         self._prepare()
 
@@ -115,7 +115,9 @@ class Engine:
         engine = cls.__new__(cls)
         engine._parts = parts
         engine._state = state
-        engine._clock = VirtualClock.restore(state.now_s, state.sequence, state.pending)
+        engine._clock = VirtualClock.restore(
+            state.now_s, state.sequence, state.pending, lambda event: isinstance(event, UploadDue)
+        )
         engine._begun = state.coordinator.started
         engine._prepare()
         return engine
@@ -124,18 +126,22 @@ class Engine:
         """Set up what lasts no longer than a step, and what the parts fix for the whole run."""
         self._to_handle: deque[Event] = deque()
         parts, stop = self._parts, self._parts.coordinator.settings.stop
+        self._exchange = parts.coordinator.exchange
         self._idle_limit = parts.idle_limit
         self._lookahead = Lookahead(
+            self._clock,
             parts.trainer,
             stop,
             parts.journal,
             cohort_size=parts.cohort_size,
             held=parts.lookahead,
             measures=parts.coordinator.exchange.whole,
+            computed=[
+                task_id
+                for task_id, running in self._state.running.items()
+                if running.result is not None
+            ],
         )
-        for running in self._state.running.values():
-            if running.result is None:
-                self._lookahead.add(running)
         # Accepted uploads bring the run nearer to its end, or answers where those do.
         self._progress = attrgetter("accepted" if math.isinf(stop.max_uploads) else "received")
         self._reached = self._progress(self._state.coordinator)
@@ -215,7 +221,7 @@ class Engine:
         assert result is not None
         client_id = task.client_id
         del state.running[task_id], state.on_device[client_id]
-        exchange = self._parts.coordinator.exchange
+        exchange = self._exchange
         upload = exchange.upload(result.adapter)
         if exchange.keeps and (kept := exchange.kept(result.adapter)) is not None:
             state.kept[client_id] = kept
@@ -320,12 +326,12 @@ class Engine:
         )
 
     def _start(self, dispatch: Dispatch, time_s: float) -> None:
-        state, parts, task, start = self._state, self._parts, dispatch.task, dispatch.adapter
+        state, parts, exchange = self._state, self._parts, self._exchange
+        task, start = dispatch.task, dispatch.adapter
         task_id, client_id = task.task_id, task.client_id
         if client_id in state.on_device:
             self._abandon(client_id)
         work = parts.trainer.work(task)
-        exchange = parts.coordinator.exchange
         down_bytes, up_bytes = exchange.transfer_bytes(start.layout, task.dispatch)
         cost = task_cost(work.tokens, work.flops_per_token, down_bytes, up_bytes)
         start_s = time_s if time_s > state.server_free_s else state.server_free_s
@@ -334,7 +340,7 @@ class Engine:
         state.on_device[client_id] = task_id
         if times.lost_at_s is None:
             arrival_s = times.finished_s
-            self._clock.schedule(arrival_s, UploadDue(task_id))
+            self._clock.expect(arrival_s, UploadDue(task_id))
         else:
             arrival_s = math.inf
             reason = str(times.lost_reason)
@@ -342,8 +348,7 @@ class Engine:
             self._clock.schedule(times.lost_at_s, TaskLost(task_id, reason, reported))
         if exchange.keeps:
             start = exchange.rejoin(start, state.kept.get(client_id))
-        running = state.running[task_id] = RunningTask(task, start, arrival_s, work.tokens)
-        self._lookahead.add(running)
+        state.running[task_id] = RunningTask(task, start, arrival_s, work.tokens)
 
     def _abandon(self, device_id: int) -> None:
         """A device that is given new work drops what the server no longer waits for."""

@@ -6,15 +6,17 @@ any time. Who is computed with whom follows from the clock's events alone, never
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Sequence
+from bisect import insort
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from itertools import pairwise
 
 from alignfed.core.distance import small_distances
 from alignfed.core.ports import BackgroundTrainer, ClientTrainer, Journal, Pending, TrainingJob
 from alignfed.core.state import StopConditions
-from alignfed.simulation.state import EngineState, RunningTask
+from alignfed.simulation.clock import VirtualClock
+from alignfed.simulation.state import ClockEvent, EngineState, RunningTask, UploadDue
 
 
 class Lookahead:
@@ -22,6 +24,7 @@ class Lookahead:
 
     def __init__(
         self,
+        clock: VirtualClock[ClockEvent, UploadDue],
         trainer: ClientTrainer,
         stop: StopConditions,
         journal: Journal | None,
@@ -29,10 +32,12 @@ class Lookahead:
         cohort_size: int,
         held: int,
         measures: bool = False,
+        computed: Iterable[int] = (),
     ) -> None:
         """Begin with nothing asked for.
 
         Args:
+            clock: tells whose uploads come next.
             trainer: computes; one that works in the background is given cohorts ahead of time.
             stop: when the run ends: no task is computed that will report too late.
             journal: keeps which tasks were computed together, where more than one may be.
@@ -41,7 +46,9 @@ class Lookahead:
                 included.
             measures: whether what is trained is what the server will measure, so that a cohort's
                 small adapters may be measured together.
+            computed: ids of tasks under way whose results are there.
         """
+        self._clock = clock
         self._trainer = trainer
         self._background = trainer if isinstance(trainer, BackgroundTrainer) else None
         self._stop = stop
@@ -50,16 +57,10 @@ class Lookahead:
         self._held = max(cohort_size, held)
         self._measures = measures
         self._sent: dict[int, tuple[Pending, int]] = {}
+        self._collected = set(computed)
         self._distances: dict[int, float] = {}
-        # Tasks that may be computed early: a heap, from which those that are not to be any more
-        # are only taken when they come to its top.
-        self._early: list[tuple[float, int, RunningTask]] = []
-        self._computes_early = cohort_size > 1 or self._background is not None
-
-    def add(self, running: RunningTask) -> None:
-        """Take note of a task under way that has not been computed."""
-        if self._computes_early and running.arrival_s < math.inf:  # else its upload will be lost
-            heapq.heappush(self._early, (running.arrival_s, running.task.task_id, running))
+        # What the clock told of and no whole cohort had room for, earliest first.
+        self._left: list[RunningTask] = []
 
     def compute(self, needed: RunningTask, state: EngineState) -> float | None:
         """See that a task's result is there, and that others will be when they are needed.
@@ -75,6 +76,7 @@ class Lookahead:
                     self._sent[running.task.task_id] = (pending, place)
                 self._record(cohort, state.now_s)
             self.collect(needed)
+            self._collected.discard(needed.task.task_id)
         elif needed.result is None:
             cohort = [needed, *self._worth_computing(needed, self._cohort_size - 1, state)]
             for running, result in zip(cohort, self._trainer.train(_jobs(cohort)), strict=True):
@@ -95,10 +97,12 @@ class Lookahead:
         if found is not None:
             pending, place = found
             running.result = pending.results()[place]
+            self._collected.add(running.task.task_id)
 
     def forget(self, task_id: int) -> None:
         """Let a task's result go, if it was asked for: nobody will want it."""
         self._sent.pop(task_id, None)
+        self._collected.discard(task_id)
         self._distances.pop(task_id, None)
 
     def _cohorts_to_send(self, needed: RunningTask, state: EngineState) -> list[list[RunningTask]]:
@@ -107,14 +111,15 @@ class Lookahead:
         Whether a result has come back yet makes no difference, only that it was asked for.
         """
         size = self._cohort_size
-        room = self._held - sum(self.asked_for(one) for one in state.running.values())
+        room = self._held - len(self._sent) - len(self._collected)
         if not self.asked_for(needed):
             waiting = [needed, *self._worth_computing(needed, room - 1, state)]
+        elif room < size:
+            return []
         else:
             waiting = self._worth_computing(needed, room, state)
             whole = len(waiting) // size * size
-            for running in waiting[whole:]:
-                self.add(running)
+            self._left[:0] = waiting[whole:]
             waiting = waiting[:whole]
         number = math.ceil(len(waiting) / size)
         ends = [len(waiting) * i // max(1, number) for i in range(number + 1)]
@@ -124,24 +129,41 @@ class Lookahead:
         self, needed: RunningTask, most: int, state: EngineState
     ) -> list[RunningTask]:
         """Tasks not asked for that will report before the run can end, earliest first."""
-        early, under_way, found = self._early, state.running, list[RunningTask]()
+        under_way, awaited, sent = state.running, state.coordinator.tasks, self._sent
+        found: list[RunningTask] = []
         remaining = self._stop.max_uploads - state.coordinator.received - 1
         width = int(min(most, remaining))
         if width <= 0:
             return found
         if len(under_way) - 1 > remaining:
             return self._before_the_end(needed, width, int(remaining), state)
-        awaited, sent = state.coordinator.tasks, self._sent
-        while early and len(found) < width and early[0][0] <= self._stop.max_time_s:
-            _, task_id, running = heapq.heappop(early)
-            if (
-                running.result is None
-                and running is not needed
-                and task_id not in sent
-                and task_id in awaited
-                and under_way.get(task_id) is running
-            ):
+        left = self._left = [
+            running
+            for running in self._left
+            if not self.asked_for(running)
+            and running is not needed
+            and running.task.task_id in under_way
+            and running.task.task_id in awaited
+        ]
+        with closing(self._clock.ahead()) as ahead:
+            for due in ahead:
+                task_id = due.task_id
+                running = under_way.get(task_id)
+                if running is None or running.result is not None:
+                    continue
+                if task_id in sent or task_id not in awaited:
+                    continue
+                if running.arrival_s > self._stop.max_time_s:
+                    break
+                if left:
+                    insort(left, running, key=_arrival)
+                    running = left.pop(0)
                 found.append(running)
+                if len(found) == width:
+                    return found
+        room = width - len(found)
+        found += left[:room]
+        del left[:room]
         return found
 
     def _before_the_end(
@@ -176,6 +198,10 @@ class Lookahead:
         # Where a task is computed with no other, there is nothing to keep.
         if self._journal is not None and self._cohort_size > 1:
             self._journal.record_cohort(now_s, [running.task.task_id for running in cohort])
+
+
+def _arrival(running: RunningTask) -> tuple[float, int]:
+    return running.arrival_s, running.task.task_id
 
 
 def _jobs(cohort: Sequence[RunningTask]) -> list[TrainingJob]:
