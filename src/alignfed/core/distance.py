@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 
 from alignfed.core.adapter import PIECE, Adapter, pieces, require_same_layout
+
+_LAYOUT, _DTYPE = attrgetter("layout"), attrgetter("dtype")
 
 SMALL = 4096
 """Elements up to which calling torch takes longer than the arithmetic it is called for."""
@@ -51,22 +54,21 @@ def small_distances(adapters: Sequence[Adapter], bases: Sequence[Adapter]) -> li
     Returns:
         None where there is nothing to win or one of them is odd: not all of one layout, not small,
         not fp32 alone, or an adapter whose buffers are not what its layout says. Whoever is given
-        distances need not look at layouts, shapes and dtypes again.
+        distances need not compare layouts, shapes and dtypes again.
     """
     layout, fp32 = bases[0].layout, torch.float32
     count = layout.sizes.get(fp32, 0)
     if len(layout.sizes) > 1 or not 0 < count <= SMALL:
         return None
-    buffers = []
-    for adapter in (*adapters, *bases):
-        buffer = adapter.buffers.get(fp32)
-        # Rows of two dtypes would be stacked without a word.
-        if adapter.layout is not layout or buffer is None or buffer.dtype is not fp32:
-            return None
-        buffers.append(buffer)
+    every = (*adapters, *bases)
+    if list(map(_LAYOUT, every)).count(layout) < len(every):
+        return None
     try:
+        buffers = [adapter.buffers[fp32] for adapter in every]
         rows = torch.stack(buffers)
-    except RuntimeError:  # of different shapes
+    except (KeyError, RuntimeError):  # none, or of different shapes
+        return None
+    if list(map(_DTYPE, buffers)).count(fp32) < len(every):  # stacked as if they were one
         return None
     if rows.shape != (2 * len(adapters), count):
         return None

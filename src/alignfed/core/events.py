@@ -47,8 +47,8 @@ class UpdateArrived:
 
     Attributes:
         distance: ``core.distance.distance`` of the whole upload from what its client was sent,
-            where the driver has worked it out for many at once and seen while it did so that the
-            upload has the very layout; None leaves both to the coordinator.
+            where the driver has worked it out for many at once, which tells that the upload has
+            the layout of what was sent; None leaves both to the coordinator.
     """
 
     time_s: float

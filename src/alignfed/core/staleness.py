@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Literal, TypeAlias
 
 from alignfed.errors import FutureVersionError, RuleError
@@ -61,7 +61,7 @@ def hinge(staleness: int, slope: float = 10.0, start: int = 6) -> float:
     return 1.0 if staleness <= start else 1.0 / (slope * (staleness - start) + 1.0)
 
 
-@lru_cache(maxsize=4096)  # asked for with every upload, of few different staleness
+@cache  # asked for with every upload, of few different staleness
 def discount(kind: str, staleness: int, exponent: float, slope: float, start: int) -> float:
     """Return the discount of that name; ``exponent`` is of one of them, the others of another.
 
