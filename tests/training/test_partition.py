@@ -1,8 +1,14 @@
+import warnings
 from collections import Counter
 
 import pytest
+from datasets import Dataset
+from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from alignfed.errors import DataError
+from alignfed.training.dealing import dirichlet_shares, equal_shares
 from alignfed.training.partition import PartitionSettings, partition
 
 COLOURS = [("red", "green", "blue", "grey")[i % 4] for i in range(200)]
@@ -33,6 +39,45 @@ def test_dirichlet_deals_every_row_once_and_a_smaller_alpha_less_evenly():
         )
 
     assert purity(0.1) > purity(100.0) + 40
+
+
+def dealt_by_the_library(partitioner, values):
+    partitioner.dataset = Dataset.from_dict({"row": range(len(values)), "value": values})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        count = partitioner.num_partitions
+        return [list(partitioner.load_partition(client)["row"]) for client in range(count)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 60), st.data())
+def test_equal_shares_are_the_librarys(clients, data):
+    rows = data.draw(st.integers(clients, 300))
+    expected = dealt_by_the_library(IidPartitioner(clients), [0] * rows)
+    assert equal_shares(rows, clients) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=st.lists(st.integers(-3, 9), min_size=30, max_size=200),
+    words=st.booleans(),
+    clients=st.integers(1, 30),
+    alpha=st.sampled_from([0.01, 0.3, 1.0, 100.0]),
+    min_size=st.integers(0, 4),
+    seed=st.integers(0, 2**32),
+)
+def test_dirichlet_shares_are_the_librarys_draw_for_draw(
+    values, words, clients, alpha, min_size, seed
+):
+    column = [f"skill {value}" for value in values] if words else values
+    library = DirichletPartitioner(
+        clients, "value", alpha, min_size, self_balancing=False, shuffle=True, seed=seed
+    )
+    try:
+        expected = dealt_by_the_library(library, column)
+    except ValueError:  # it gave up
+        expected = None
+    assert dirichlet_shares(column, clients, alpha, min_size, seed) == expected
 
 
 def test_natural_makes_one_client_a_value():

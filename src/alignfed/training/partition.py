@@ -1,26 +1,20 @@
-"""Which client holds which example, through flwr-datasets' partitioners. Only indices move."""
+"""Which client holds which example. Only row numbers move.
+
+Equal and Dirichlet shares are dealt here, exactly as flwr-datasets deals them; it deals natural ids
+and shards itself.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
-from datasets import Dataset
-from flwr_datasets.partitioner import (
-    DirichletPartitioner,
-    IidPartitioner,
-    NaturalIdPartitioner,
-    Partitioner,
-    ShardPartitioner,
-)
 
 from alignfed.errors import DataError
+from alignfed.training.dealing import dirichlet_shares, equal_shares
 
 Kind = Literal["iid", "dirichlet", "natural", "shard", "files"]
 
@@ -120,66 +114,50 @@ def partition(
     return shares
 
 
-def _partitioner(settings: PartitionSettings, min_size: int) -> Partitioner:
-    clients = settings.num_clients or 0
-    if settings.kind == "iid":
-        return IidPartitioner(num_partitions=clients)
-    if settings.kind == "dirichlet":
-        return DirichletPartitioner(
-            num_partitions=clients,
-            partition_by="value",
-            alpha=float(settings.alpha),
-            min_partition_size=min_size,
-            self_balancing=False,
-            shuffle=True,
-            seed=settings.seed,
-        )
-    if settings.kind == "shard":
-        return ShardPartitioner(
-            num_partitions=clients,
-            partition_by="value",
-            num_shards_per_partition=settings.shards_per_client,
-            shuffle=True,
-            seed=settings.seed,
-        )
-    raise DataError(f"partition kind {settings.kind!r} is not dealt from one pool of examples")
-
-
 def _deal(
     num_examples: int, values: Sequence[Any] | None, settings: PartitionSettings
 ) -> list[Share]:
-    # The partitioner for equal shares cuts runs of rows, so the rows are shuffled first.
-    order = np.random.default_rng(settings.seed).permutation(num_examples)
-    columns: dict[str, Any] = {"row": order}
-    every: list[str | int] = []
-    if settings.kind != "iid":
+    clients = settings.num_clients or 0
+    # Equal shares are runs of rows, so the rows are shuffled first.
+    order = np.random.default_rng(settings.seed).permutation(num_examples).tolist()
+    if settings.kind == "iid":
+        dealt = equal_shares(num_examples, clients)
+    else:
         every = _column(values, settings)
-        columns["value"] = [every[row] for row in order]
-    dataset = Dataset.from_dict(columns)
+        shuffled = [every[row] for row in order]
+        if settings.kind == "shard":
+            dealt = _shards(shuffled, settings)
+        else:
+            dealt = _dirichlet(shuffled, settings)
+    return [
+        Share(name=f"client-{client}", rows=tuple(order[place] for place in places))
+        for client, places in enumerate(dealt)
+    ]
+
+
+def _dirichlet(values: list[str | int], settings: PartitionSettings) -> list[list[int]]:
+    clients, alpha, seed = settings.num_clients or 0, settings.alpha, settings.seed
+    dealt = dirichlet_shares(values, clients, alpha, settings.min_size, seed)
+    if dealt is None:
+        dealt = dirichlet_shares(values, clients, alpha, 0, seed)
+        assert dealt is not None  # nobody's share is smaller than none
+        _top_up(dealt, values, settings.min_size)
+    return dealt
+
+
+def _shards(values: list[str | int], settings: PartitionSettings) -> list[list[int]]:
+    from alignfed.training.library_deals import shards
+
     try:
-        dealt = _load(_partitioner(settings, settings.min_size), dataset)
+        return shards(
+            values, settings.num_clients or 0, settings.shards_per_client, settings.seed
+        )
     except ValueError as error:
-        if settings.kind != "dirichlet":
-            raise DataError(
-                f"{num_examples} examples cannot be dealt to {settings.num_clients} clients by"
-                f" column {settings.column!r} (kind {settings.kind!r}, {len(set(every))} different"
-                " values); name a column with fewer values, or lower num_clients or min_size"
-            ) from error
-        dealt = _load(_partitioner(settings, 0), dataset)
-        _top_up(dealt, every, settings.min_size)
-    return [Share(name=f"client-{client}", rows=tuple(rows)) for client, rows in enumerate(dealt)]
-
-
-def _load(partitioner: Partitioner, dataset: Dataset) -> list[list[int]]:
-    partitioner.dataset = dataset
-    # Warnings of drawing again are the normal course of a small alpha; giving up is an error.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        # datasets 4.8 sorts with an argument that pyarrow 25 deprecates.
-        warnings.filterwarnings("ignore", ".*null_placement.*", FutureWarning)
-        count = partitioner.num_partitions
-        parts = [partitioner.load_partition(client) for client in range(count)]
-    return [[int(row) for row in part["row"]] for part in parts]
+        raise DataError(
+            f"{len(values)} examples cannot be dealt to {settings.num_clients} clients by"
+            f" column {settings.column!r} (kind 'shard', {len(set(values))} different values);"
+            " name a column with fewer values, or lower num_clients or min_size"
+        ) from error
 
 
 def _top_up(dealt: list[list[int]], values: Sequence[str | int], min_size: int) -> None:
@@ -200,15 +178,12 @@ def _top_up(dealt: list[list[int]], values: Sequence[str | int], min_size: int) 
 
 
 def _by_natural_id(values: list[str | int], settings: PartitionSettings) -> list[Share]:
-    partitioner = NaturalIdPartitioner(partition_by="value")
-    partitioner.dataset = Dataset.from_dict({"row": range(len(values)), "value": values})
-    with contextlib.redirect_stderr(io.StringIO()):  # it draws a progress bar unasked
-        parts = [partitioner.load_partition(i) for i in range(partitioner.num_partitions)]
-    names = partitioner.partition_id_to_natural_id
+    from alignfed.training.library_deals import natural_ids
+
     shares = [
-        Share(name=str(names[i]), rows=tuple(int(row) for row in part["row"]))
-        for i, part in enumerate(parts)
-        if len(part) >= settings.min_size
+        Share(name=name, rows=tuple(rows))
+        for name, rows in natural_ids(values)
+        if len(rows) >= settings.min_size
     ]
     wanted = settings.num_clients
     if not shares or (wanted is not None and len(shares) < wanted):
