@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
+from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
 from alignfed.errors import FleetError
@@ -24,7 +25,7 @@ class VirtualClock(Generic[EventT, ExpectedT]):
     def __init__(self) -> None:
         """Begin at zero with nothing scheduled."""
         # Entries are ``(time_s, sequence, event)``; no two have the same sequence.
-        self._heap: list[tuple[float, int, EventT]] = []
+        self._heap: list[tuple[float, int, Any]] = []
         self._expected: list[tuple[float, int, ExpectedT]] = []
         self._line: list[tuple[float, int, ExpectedT]] = []  # latest first
         self._sequence = 0
@@ -85,7 +86,7 @@ class VirtualClock(Generic[EventT, ExpectedT]):
         heapq.heappush(self._expected, (time_s, self._sequence, event))
         self._sequence += 1
 
-    def ahead(self) -> Iterator[ExpectedT]:
+    def ahead(self) -> Generator[ExpectedT, None, None]:
         """Yield the expected events never told of before, earliest first; they stay on the clock.
 
         Close it before anything else is done with the clock.
@@ -107,7 +108,7 @@ class VirtualClock(Generic[EventT, ExpectedT]):
             IndexError: nothing is scheduled.
         """
         heap, expected, line = self._heap, self._expected, self._line
-        entry: tuple[float, int, EventT | ExpectedT]
+        entry: tuple[float, int, Any]
         if line and (not expected or line[-1] < expected[0]) and (not heap or line[-1] < heap[0]):
             entry = line.pop()
         elif expected and (not heap or expected[0] < heap[0]):
@@ -119,8 +120,7 @@ class VirtualClock(Generic[EventT, ExpectedT]):
 
     def pending(self) -> list[tuple[float, int, EventT | ExpectedT]]:
         """Return everything scheduled, in the order in which it will leave."""
-        every = [*self._heap, *self._expected, *self._line]
-        return sorted(every, key=lambda entry: entry[:2])
+        return sorted([*self._heap, *self._expected, *self._line], key=itemgetter(0, 1))
 
     def _refusal(self, time_s: float, event: EventT | ExpectedT) -> FleetError:
         return FleetError(

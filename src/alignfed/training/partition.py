@@ -149,9 +149,7 @@ def _shards(values: list[str | int], settings: PartitionSettings) -> list[list[i
     from alignfed.training.library_deals import shards
 
     try:
-        return shards(
-            values, settings.num_clients or 0, settings.shards_per_client, settings.seed
-        )
+        return shards(values, settings.num_clients or 0, settings.shards_per_client, settings.seed)
     except ValueError as error:
         raise DataError(
             f"{len(values)} examples cannot be dealt to {settings.num_clients} clients by"
