@@ -131,6 +131,31 @@ def test_who_is_away_with_a_finished_task_when_the_run_ends_is_waited_for_and_re
         assert "the run ended, and its device had been away" in given_up[finished]
 
 
+@pytest.mark.parametrize(
+    "says, words", [("nothing", "had not answered"), ("no upload", "had nothing to hand in for it")]
+)
+def test_a_task_that_a_device_here_leaves_open_at_the_end_is_recorded_as_what_it_is(
+    tmp_path: Path, says: str, words: str
+) -> None:
+    settings = DriverSettings(
+        start_clients=2, closing_s=60.0, patience=Patience(backoff_s=20.0, away_s=1e6)
+    )
+    server = serve(
+        tmp_path, 2, make_coordinator(uploads=4, concurrency=2, buffer_size=4), settings=settings
+    )
+
+    def answer(device: FakeDevice, order: Order) -> object:
+        if isinstance(order, TaskOrder):  # lost on the way: the server means to send it again
+            return None if says == "nothing" else Error(code=5, reason="node gone")
+        return Uploads(order.run, {})
+
+    server.devices[100].answer = answer  # type: ignore[assignment]
+    with server.run() as reader:
+        (row,) = reader.rows(name="TaskFailed")
+    assert row.client_id == 0
+    assert row.body["reason"] == f"the run ended, and its device {words}"
+
+
 def test_late_devices_get_no_message_while_they_are_offline(tmp_path: Path) -> None:
     server = serve(
         tmp_path, 3, make_coordinator(uploads=9, concurrency=3), settings=DriverSettings()

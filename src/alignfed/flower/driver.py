@@ -342,11 +342,7 @@ class Driver:
     def _give_up(self, now_s: float) -> None:
         """Record what has become of the tasks nobody will answer any more."""
         for task in list(self.state.tasks.values()):
-            away_s = self._roster.away_s(task.client_id, now_s)
-            where = (
-                f"its device had been away for {away_s:.0f} s" if away_s else "it was unfinished"
-            )
-            words = f"the run ended, and {where}"
+            words = f"the run ended, and {self._orders.why_unanswered(task, now_s)}"
             self._take(TaskFailed(now_s, task.task_id, task.client_id, words))
         self._sync()
 

@@ -144,6 +144,16 @@ class Orders:
             not around.post.under_way and self._told_to_stop >= awaited and not self._owing & here
         )
 
+    def why_unanswered(self, task: Task, now_s: float) -> str:
+        """Return what is known, after ``close``, of a task that is still in flight."""
+        around, client_id = self._around, task.client_id
+        node_id = around.roster.nodes.get(client_id)
+        if node_id is None:
+            return f"its device had been away for {around.roster.away_s(client_id, now_s):.0f} s"
+        if client_id in self._told_to_stop and not around.post.busy(node_id):
+            return "its device had nothing to hand in for it"
+        return "its device had not answered"
+
     def _send_task(self, task: Task, state: CoordinatorState, now_s: float) -> bool:
         around = self._around
         snapshot = state.snapshots[task.base_version]
