@@ -254,6 +254,13 @@ def test_up_cuts_a_recipe_to_its_devices():
     assert recipe_for(default_recipe(["server.concurrency=2"]), 4).server.concurrency == 2
 
 
+def test_up_cuts_a_recipe_of_one_client_a_file_to_its_devices(tmp_path):
+    """Else the simulator's counterpart would have clients that no device stands for."""
+    dolly = load_recipe("recipes/dolly.toml", [f"data.path={tmp_path}"])
+    assert dolly.data.partition.num_clients is None
+    assert recipe_for(dolly, 4).data.partition.num_clients == 4
+
+
 def test_settings_and_recipe_survive_a_directory_with_odd_letters(tmp_path):
     from alignfed.deploy.settings import ServerSettings, make_settings
 

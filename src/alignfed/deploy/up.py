@@ -66,9 +66,7 @@ def recipe_for(recipe: Recipe, devices: int) -> Recipe:
     Raises:
         RecipeError: it does not fit together then.
     """
-    changes = ["training.cohort_size=1"]
-    if recipe.data.partition.num_clients is not None:
-        changes.append(f"data.partition.num_clients={devices}")
+    changes = ["training.cohort_size=1", f"data.partition.num_clients={devices}"]
     if recipe.server.concurrency > devices:
         changes.append(f"server.concurrency={devices}")
     return make_recipe(tomllib.loads(recipe.to_toml()), changes)
