@@ -67,6 +67,7 @@ def order_for(adapter: Adapter, digest: str, task_id: int = 0, **changes: object
 @contextmanager
 def trainer_process(directory: DeviceDirectory) -> Iterator[subprocess.Popen[bytes]]:
     """Run a device's trainer; its log goes into the device's folder of logs."""
+    anothers = directory.trainer_socket.exists()
     with (directory.logs / "trainer.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "alignfed.deploy.trainer_process", str(directory.root)],
@@ -79,6 +80,8 @@ def trainer_process(directory: DeviceDirectory) -> Iterator[subprocess.Popen[byt
     finally:
         process.kill()
         process.wait()
+        if not anothers:
+            directory.forget_socket()
 
 
 def wait_until(true: object, limit_s: float = 60.0) -> None:

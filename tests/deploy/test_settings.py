@@ -80,8 +80,20 @@ def test_the_trainers_socket_has_a_path_that_fits_however_deep_the_device_lies(t
     assert deep.trainer_socket != DeviceDirectory(deep.root.parent / "other").trainer_socket
     deep.prepare()
     assert deep.trainer_socket.parent.stat().st_mode & 0o077 == 0
-    deep.trainer_socket.parent.rmdir()
     assert shallow.trainer_socket.name == "trainer.sock"
+    deep.trainer_socket.touch()
+    deep.forget_socket()
+    assert not deep.trainer_socket.parent.exists()
+    deep.forget_socket()  # as often as one likes
+
+
+def test_forgetting_a_socket_leaves_the_devices_own_folders(tmp_path_factory):
+    device = DeviceDirectory(tmp_path_factory.mktemp("d"))
+    device.prepare()
+    assert device.trainer_socket.parent == device.state.resolve()
+    device.trainer_socket.touch()
+    device.forget_socket()
+    assert list(device.state.iterdir()) == [device.flower_home]
 
 
 def test_a_socket_folder_open_to_others_is_refused(tmp_path):

@@ -84,6 +84,8 @@ class Federation:
         self._stop.set()
         self._thread.join()
         self.host.stop([[name for name in self.host.supervisor.running if "supernode" in name]])
+        for device in self.devices:
+            device.forget_socket()
         assert marked_processes(self.host.supervisor.mark) == []
 
     def start_supernode(self, number: int, server: str | None = None) -> str:

@@ -14,6 +14,7 @@ import pytest
 
 from alignfed.api import simulate
 from alignfed.config import load_recipe
+from alignfed.deploy.directory import DeviceDirectory
 from alignfed.deploy.session import MARK
 from alignfed.journal import RunReader
 from tests.deploy.same_order import loss_in_the_same_order
@@ -67,6 +68,9 @@ def test_up_leaves_a_simulated_runs_files_and_its_numbers(tmp_path: Path) -> Non
     said, complaints = process.communicate(timeout=600)
     assert process.returncode == 0, complaints
     assert left_behind(folder) == []
+    sockets = [DeviceDirectory(one).trainer_socket for one in folder.glob("deployment/devices/*")]
+    assert len(sockets) == DEVICES
+    assert not any("alignfed-" in one.parent.name and one.parent.exists() for one in sockets)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["uploads"] == 16
     assert summary["model_loads"] == {"device-0": 1, "device-1": 1}

@@ -1,4 +1,4 @@
-"""Where a deployment keeps what. Names only: nothing here opens a file except to make folders.
+"""Where a deployment keeps what. Nothing here opens a file: folders are made, a socket is removed.
 
 A server's directory is made by ``alignfed deploy init``; a device's is made inside it by ``alignfed
 deploy add-device`` and carried to the device. What is secret has mode 0600, and its folder 0700.
@@ -6,6 +6,7 @@ deploy add-device`` and carried to the device. What is secret has mode 0600, and
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -263,6 +264,17 @@ class DeviceDirectory:
                 " or move the device's directory to a shorter path",
                 path=str(folder),
             )
+
+    def forget_socket(self) -> None:
+        """Remove the trainer's socket, and its folder where that is a temporary one.
+
+        For when no trainer works here any more; what cannot be removed stays.
+        """
+        path = self.trainer_socket
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+            if path.parent != self.state.resolve():
+                path.parent.rmdir()
 
 
 def _make(folder: Path, mode: int) -> None:

@@ -33,6 +33,7 @@ class DeviceHost:
         """
         check_complete(directory)
         directory.prepare()
+        self._directory = directory
         self._programs = device_programs(directory, settings)
         self._lock = DirectoryLock(directory.lock)
         logs = LogKeeper(directory.logs, settings.log.bytes, settings.log.files)
@@ -53,6 +54,7 @@ class DeviceHost:
     def stop(self) -> None:
         """End all, the SuperNode first, so that no task comes to a trainer that is gone."""
         self.supervisor.stop([[program.name] for program in reversed(self._programs)])
+        self._directory.forget_socket()
         self._lock.release()
 
 

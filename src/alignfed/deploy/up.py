@@ -143,6 +143,8 @@ def _go_on(
                 [_prefix(device) + name for device in found for name in (CLIENT, TRAINER)],
             ]
         )
+        for device in found:
+            device.forget_socket()
     if not host.completed:
         return UpResult(place.root, None)
     summary = _with_model_loads(place, found)
