@@ -8,10 +8,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from alignfed.core import admission
 from alignfed.core.adapter import Adapter, LoraFactors
-from alignfed.core.events import UpdateArrived
+from alignfed.core.admission import ExpiredTasks
+from alignfed.core.events import TaskFailed, UpdateArrived
 from alignfed.core.instructions import Dispatch, Publish, Reject, RejectReason
+from alignfed.core.state import check_invariants
 from alignfed.core.update import Update
 from tests.core.adapters import make_adapter, moved
 from tests.core.coordinators import answer, dispatches, start
@@ -167,6 +172,37 @@ def test_an_answer_sent_twice_counts_once():
     (rejection,) = [i for i in out if isinstance(i, Reject)]
     assert rejection.reason == RejectReason.TASK_USED
     assert state.accepted == 1
+
+
+def test_a_late_upload_is_known_as_late_however_many_tasks_were_given_up_after_it(monkeypatch):
+    monkeypatch.setattr(admission, "MOST_EXPIRED", 4)
+    coordinator, state, out = start(clients=2, concurrency=2, buffer_size=99, retry_backoff_s=0.0)
+    patient, task = dispatches(out)
+    used, first = answer(state, patient, 1), answer(state, task, 2)
+    for turn in range(40):
+        failed = TaskFailed(float(turn), task.task_id, task.client_id, "node gone")
+        state, out = coordinator.handle(state, failed)
+        (task,) = dispatches(out)
+        check_invariants(state, coordinator.settings)
+        assert len(state.expired.ids) <= 8
+    refused = []
+    # The first task given up, then one that is in flight all the while, and the same again.
+    for update in (first, used, used):
+        state, out = coordinator.handle(state, UpdateArrived(50.0, update))
+        refused.append([i.reason for i in out if isinstance(i, Reject)])
+    assert refused == [[RejectReason.TASK_EXPIRED], [], [RejectReason.TASK_EXPIRED]]
+    assert state.accepted == 1
+
+
+@given(st.permutations(range(60)))
+def test_every_task_given_up_counts_as_such_in_whichever_order(order):
+    expired = ExpiredTasks()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(admission, "MOST_EXPIRED", 5)
+        for done, task_id in enumerate(order):
+            expired.add(task_id)
+            assert all(one in expired for one in order[: done + 1])
+            assert 60 not in expired and len(expired.ids) <= 10
 
 
 def test_an_upload_that_names_another_held_version_than_its_task_is_refused():

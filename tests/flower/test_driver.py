@@ -237,6 +237,16 @@ def test_a_silent_device_is_given_up_when_its_message_ends(tmp_path: Path) -> No
     assert "no answer in 60 s" in server.driver.status.clients[0].last_error
 
 
+def test_attempts_at_a_task_are_forgotten_with_it(tmp_path: Path) -> None:
+    coordinator = make_coordinator(uploads=30, concurrency=2, task_timeout_s=8.0)
+    settings = DriverSettings(start_clients=2, patience=Patience(backoff_s=20.0))
+    server = serve(tmp_path, 2, coordinator, settings=settings)
+    server.devices[100].answer = lambda device, order: Error(code=5, reason="node gone")
+    server.run()
+    assert len({order.task_id for node, order in task_orders(server) if node == 100}) > 1
+    assert server.driver._orders._attempts.keys() <= server.driver.state.tasks.keys()
+
+
 def test_a_restarted_node_is_sent_its_task_again_at_once(tmp_path: Path) -> None:
     server = serve(tmp_path, 2, make_coordinator(uploads=6, concurrency=2))
     server.devices[100].takes_s = 30.0

@@ -394,11 +394,11 @@ def test_disk_is_bounded_over_thousands_of_events(tmp_path: Path) -> None:
 
 def test_pages_that_a_large_state_leaves_behind_are_given_back(tmp_path: Path) -> None:
     server = serve(tmp_path, 4)
-    server.state.expired.update(random.Random(1).sample(range(10**15), 200_000))
+    server.state.expired.ids.update(random.Random(1).sample(range(10**15), 200_000))
     for _ in range(2):
         server.checkpoint()
     large = (tmp_path / "journal.sqlite-wal").stat().st_size
-    server.state.expired.clear()
+    server.state.expired.ids.clear()
     for _ in range(3):
         server.checkpoint()
     server.log.close()

@@ -196,7 +196,7 @@ def test_tasks_that_vanish_are_given_up_and_the_run_goes_on():
     while engine.step():
         check_invariants(engine.state.coordinator, engine._parts.coordinator.settings)
     assert not tape.events(TaskFailed)
-    assert engine.state.coordinator.expired
+    assert engine.state.coordinator.expired.ids
     assert engine.finished
 
 

@@ -60,6 +60,39 @@ class NormHistory:
         return self.max_ratio * ((ordered[half] + ordered[~half]) / 2)
 
 
+MOST_EXPIRED = 10_000
+"""Tasks given up that are remembered one by one; of older ones only up to where they went."""
+
+
+@dataclass(slots=True)
+class ExpiredTasks:
+    """Tasks given up, to tell a late upload from a repeated one. Ask only about tasks not awaited.
+
+    Of ids below ``forgotten_below`` it is no longer known which were given up and which answered:
+    whatever comes for one is too late.
+
+    Attributes:
+        ids: the newest, at most twice ``MOST_EXPIRED``.
+        forgotten_below: every id below it counts as given up.
+    """
+
+    ids: set[int] = field(default_factory=set)
+    forgotten_below: int = 0
+
+    def add(self, task_id: int) -> None:
+        """Remember a task that is given up; where there are too many, forget the older half."""
+        if task_id < self.forgotten_below:
+            return
+        self.ids.add(task_id)
+        if len(self.ids) > 2 * MOST_EXPIRED:
+            newest = sorted(self.ids)[-MOST_EXPIRED:]
+            self.ids, self.forgotten_below = set(newest), newest[0]
+
+    def __contains__(self, task_id: object) -> bool:
+        """Return whether a task that is not awaited was given up."""
+        return task_id in self.ids or (isinstance(task_id, int) and task_id < self.forgotten_below)
+
+
 def check_origin(
     update: Update,
     *,

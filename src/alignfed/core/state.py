@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alignfed.core.adapter import Adapter
-from alignfed.core.admission import NormHistory
+from alignfed.core.admission import ExpiredTasks, NormHistory
 from alignfed.core.instructions import StopReason
 from alignfed.core.local_steps import ClientSpeeds, StepsBySpeed
 from alignfed.core.lora.exchange import Exchange
@@ -151,7 +151,7 @@ class CoordinatorState:
         idle: ids waiting for work, longest wait first; entries of clients that left are skipped.
         cooling: heap of ``(ready_at_s, client_id)`` after failures.
         tasks: tasks in flight by id.
-        expired: ids of tasks given up, to tell a late upload from a repeated one.
+        expired: tasks given up, to tell a late upload from a repeated one.
         deadlines: ``(deadline_s, task_id)`` in order of dispatch.
         snapshots: adapters by version, held while current or while a task in flight needs them.
         buffer: accepted uploads not yet applied.
@@ -181,7 +181,7 @@ class CoordinatorState:
     idle: deque[int] = field(default_factory=deque)
     cooling: list[tuple[float, int]] = field(default_factory=list)
     tasks: dict[int, Task] = field(default_factory=dict)
-    expired: set[int] = field(default_factory=set)
+    expired: ExpiredTasks = field(default_factory=ExpiredTasks)
     deadlines: deque[tuple[float, int]] = field(default_factory=deque)
     snapshots: dict[int, Snapshot] = field(default_factory=dict)
     buffer: list[BufferedUpdate] = field(default_factory=list)
@@ -220,4 +220,4 @@ def check_invariants(state: CoordinatorState, settings: CoordinatorSettings) -> 
     assert all(count == 1 for count in queue.values())
     assert all(record.queued == (queue[cid] == 1) for cid, record in state.clients.items())
     assert sum(record.uploads for record in state.clients.values()) == state.accepted
-    assert not (state.tasks.keys() & state.expired)
+    assert not (state.tasks.keys() & state.expired.ids)

@@ -110,6 +110,8 @@ class Orders:
     def send(self, state: CoordinatorState, now_s: float) -> list[Task]:
         """Send every task that no device works on, then ask for uploads; return what failed."""
         under_way = self._tasks_under_way()
+        for task_id in self._attempts.keys() - state.tasks.keys():  # given up meanwhile
+            del self._attempts[task_id]
         failed = []
         for task in state.tasks.values():
             if task.task_id in under_way or not self._may_order(task.client_id, now_s):

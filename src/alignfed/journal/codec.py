@@ -41,6 +41,7 @@ CORE_CLASSES: tuple[type, ...] = (
     adapter.LoraShape,
     adapter.DenseShape,
     adapter.AdapterLayout,
+    admission.ExpiredTasks,
     admission.NormHistory,
     events.RunStarted,
     events.ClientJoined,
