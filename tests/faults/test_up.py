@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from alignfed.deploy.directory import DeviceDirectory
 from alignfed.deploy.session import MARK
 from alignfed.journal import RunReader
 from tests.deploy.same_order import loss_in_the_same_order
-from tests.faults.federation import small_recipe, until
+from tests.faults.federation import EVERYTHING, small_recipe, until
+from tests.shared import shared
 
 pytestmark = pytest.mark.slow
 
@@ -27,10 +29,13 @@ CLOSE = 0.03
 """Largest relative difference of losses."""
 
 
-def begin(folder: Path, recipe: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "alignfed", "up", str(recipe), "--devices", str(DEVICES)]
+def begin(
+    folder: Path, recipe: Path, overrides: Sequence[str] = (), devices: int = DEVICES
+) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "alignfed", "up", str(recipe), "--devices", str(devices)]
+    settings = [word for one in overrides for word in ("--set", one)]
     return subprocess.Popen(
-        [*command, "--out", str(folder)],
+        [*command, *settings, "--out", str(folder)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -105,6 +110,32 @@ def test_an_interrupted_federation_goes_on_and_ends_where_the_simulator_does(
     summary = json.loads((folder / "summary.json").read_text())
     simulated = simulate(load_recipe(folder / "recipe.toml"), tmp_path / "simulated").summary
     assert summary["uploads"] == simulated["uploads"] == 16
+    assert summary["final_eval_loss"] == pytest.approx(simulated["final_eval_loss"], rel=CLOSE)
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="ALIGNFED_FAULTS=all runs it, as make faults does")
+def test_four_devices_on_real_text_end_where_the_simulator_does_with_equal_devices(
+    tmp_path: Path,
+) -> None:
+    """The default rule, in whichever order uploads come: docs/deploy.md has longer runs."""
+    folder = tmp_path / "run"
+    overrides = [
+        f"model.path={shared('models', 'stories260K')}",
+        f"data.path={shared('data', 'dolly15k_10clients')}",
+        "stop.uploads=18",
+    ]
+    process = begin(folder, Path("recipes/dolly.toml"), overrides, devices=4)
+    said, complaints = process.communicate(timeout=1200)
+    assert process.returncode == 0, complaints
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["model_loads"] == {f"device-{number}": 1 for number in range(4)}
+    simulated = simulate(
+        folder / "recipe.toml", tmp_path / "simulated", overrides=["fleet.preset=equal"]
+    ).summary
+    assert summary["uploads"] == simulated["uploads"] == 18
+    assert summary["clients"] == simulated["clients"] == 4
+    assert simulated["final_eval_loss"] < 0.85 * simulated["base_eval_loss"]
+    assert summary["base_eval_loss"] == pytest.approx(simulated["base_eval_loss"], rel=1e-6)
     assert summary["final_eval_loss"] == pytest.approx(simulated["final_eval_loss"], rel=CLOSE)
 
 

@@ -198,6 +198,11 @@ PRESETS: Mapping[str, FleetPreset] = {
             "silos", "data-centre GPUs at institutions", {"silo-t4": 0.5, "silo-a100": 0.5}
         ),
         FleetPreset(
+            "equal",
+            "laptops of one kind; with as many clients, the counterpart of `alignfed up`",
+            {"laptop-cpu": 1.0},
+        ),
+        FleetPreset(
             "mixed",
             "boards, phones and laptops together: hardware that differs three hundredfold",
             {
