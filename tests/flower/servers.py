@@ -54,6 +54,13 @@ class Server:
         while self.clock.now_s < until_s and self.driver.step():
             self.clock.sleep(self.driver.parts.settings.poll_s)
 
+    def kill(self) -> None:
+        """Leave the record as after kill -9: neither commit nor checkpoint."""
+        journal = self.log._journal
+        journal.database.close()
+        journal._metrics.close()
+        journal._lock.release()
+
 
 def make_coordinator(
     *,

@@ -331,10 +331,7 @@ def test_a_killed_server_goes_on_and_nothing_is_lost_or_applied_twice(
     coordinator = make_coordinator(uploads=15, concurrency=3)
     first = serve(tmp_path, 3, coordinator, settings=settings)
     first.run_for(after_s)
-    journal = first.log._journal  # neither commit nor checkpoint: as after kill -9
-    journal.database.close()
-    journal._metrics.close()
-    journal._lock.release()
+    first.kill()
     # A new Flower run: old replies do not reach it, devices keep what was not acknowledged.
     grid = ScriptedGrid(first.clock, first.devices)
     coordinator = make_coordinator(uploads=15, concurrency=3)

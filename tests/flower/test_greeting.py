@@ -9,7 +9,7 @@ import pytest
 from alignfed.core.local_steps import StepsBySpeed
 from alignfed.core.state import check_invariants
 from alignfed.flower.messages import CollectOrder, Failure, Order, TaskOrder, Uploads
-from tests.flower.grids import FakeDevice
+from tests.flower.grids import FakeDevice, ScriptedGrid
 from tests.flower.servers import Server, make_coordinator, serve
 
 
@@ -47,6 +47,24 @@ def test_nobody_is_greeted_where_all_take_the_same_steps(tmp_path: Path) -> None
     server = serve(tmp_path, 2, make_coordinator(uploads=4, concurrency=2))
     server.run()
     assert all(isinstance(device.orders[0], TaskOrder) for device in server.devices.values())
+
+
+@pytest.mark.parametrize("after_s", [1.9, 9.0, 26.0])
+def test_a_killed_server_knows_again_what_devices_said_of_their_speed(
+    tmp_path: Path, after_s: float
+) -> None:
+    devices = {100 + i: FakeDevice(step_s=step_s) for i, step_s in enumerate([1.0, 2.0, 0.1])}
+    first = serve(tmp_path, devices, by_speed())
+    first.run_for(after_s)
+    known = dict(first.driver.state.speeds.step_s)
+    assert len(known) == 3
+    first.kill()
+    grid = ScriptedGrid(first.clock, devices)
+    second = serve(tmp_path, devices, by_speed(), clock=first.clock, grid=grid)
+    assert second.driver.state.speeds.step_s == known
+    second.run()
+    assert second.driver.state.accepted == 9
+    assert steps_given(second) == {100: {6}, 101: {6, 3}, 102: {18}}
 
 
 def test_who_leaves_before_it_has_answered_joins_when_it_comes_back(tmp_path: Path) -> None:

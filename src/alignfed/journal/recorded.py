@@ -163,6 +163,10 @@ def _evaluation_finished(row: Row, adapter: Callable[[str], Adapter]) -> Evaluat
     return EvaluationFinished(row.time_s, row.version, loss, score)
 
 
+def _client_joined(row: Row, adapter: Callable[[str], Adapter]) -> ClientJoined:
+    return ClientJoined(row.time_s, _client(row), _number(row.body.get("step_s")))
+
+
 def _client(row: Row) -> int:
     if row.client_id is None:
         raise ValueError("it names no client")
@@ -184,7 +188,7 @@ def _upload_refused(row: Row, adapter: Callable[[str], Adapter]) -> UploadRefuse
 
 _DECODERS: dict[str, Callable[[Row, Callable[[str], Adapter]], Event]] = {
     "RunStarted": lambda row, adapter: RunStarted(row.time_s),
-    "ClientJoined": lambda row, adapter: ClientJoined(row.time_s, _client(row)),
+    "ClientJoined": _client_joined,
     "ClientLeft": lambda row, adapter: ClientLeft(row.time_s, _client(row)),
     "UpdateArrived": _update_arrived,
     "TaskFailed": _task_failed,

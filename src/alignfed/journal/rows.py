@@ -220,6 +220,11 @@ def _applied(item: AppliedUpload) -> str:
     return f"[{item.task_id},{item.client_id},{item.base_version},{item.staleness},{numbers}]"
 
 
+def _client_joined(event: ClientJoined) -> Fields:
+    body = "{}" if event.step_s is None else f'{{"step_s":{_number(event.step_s)}}}'
+    return ("ClientJoined", event.client_id, None, None, body)
+
+
 def _set_timer(instruction: SetTimer) -> Fields:
     return ("SetTimer", None, None, None, f'{{"at_s":{_number(instruction.at_s)}}}')
 
@@ -231,7 +236,7 @@ def _stop(instruction: Stop) -> Fields:
 
 _ENCODERS: dict[type, Callable[[Any], Fields]] = {
     RunStarted: lambda event: ("RunStarted", None, None, None, "{}"),
-    ClientJoined: lambda event: ("ClientJoined", event.client_id, None, None, "{}"),
+    ClientJoined: _client_joined,
     ClientLeft: lambda event: ("ClientLeft", event.client_id, None, None, "{}"),
     UpdateArrived: lambda event: encode_upload(event.update, None),
     TaskFailed: _task_failed,
