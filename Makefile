@@ -21,7 +21,7 @@ demo: $(STAMP)  ## Run the built-in federated fine-tuning, offline, from nothing
 test: lint  ## Run every check and the whole test suite, from nothing.
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(WORKERS)
 
-faults: $(STAMP)  ## Kill, cut off and attack real processes; a quarter of an hour.
+faults: $(STAMP)  ## Kill, cut off and attack real processes; twenty minutes and more.
 	ALIGNFED_FAULTS=all HF_HUB_OFFLINE=1 $(BIN)/pytest tests/faults
 
 lint: $(STAMP)  ## Run format, lint, type and import checks.
