@@ -11,8 +11,14 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True)
 def one_thread():
+    """Undo what a run before may have set: with more threads, sums round differently."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread_for_shared_runs():
     torch.set_num_threads(1)
 
 

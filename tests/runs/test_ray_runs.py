@@ -8,7 +8,7 @@ import alignfed
 from alignfed.errors import RecipeError
 from tests.runs.recipes import SMALL
 
-FEW = [*SMALL, "stop.uploads=4", "training.cohort_size=1"]
+FEW = [*SMALL, "stop.uploads=4", "training.cohort_size=1", "training.threads=1"]
 
 # Ray leaves its own servers' processes and log files to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")

@@ -162,7 +162,7 @@ def test_however_many_processes_give_the_very_same_run(finished, tmp_path):
 
 @pytest.mark.slow
 def test_a_cohort_of_one_gives_the_same_bits_wherever_it_is_trained(tmp_path):
-    singly = [*SMALL, "stop.uploads=4", "training.cohort_size=1"]
+    singly = [*SMALL, "stop.uploads=4", "training.cohort_size=1", "training.threads=1"]
     here, there = (
         alignfed.simulate(None, tmp_path / name, overrides=[*singly, f"training.workers={workers}"])
         for name, workers in (("here", 1), ("there", 2))
