@@ -11,6 +11,7 @@ has groups arrive together; here nobody waits for anybody. Nothing here reads a 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 _RENEWALS = 16
@@ -60,6 +61,15 @@ class StepsBySpeed:
         if own_s is None:
             return self.steps
         if state.learnt * _RENEWALS >= len(state.step_s):
-            ordered = sorted(state.step_s.values())
-            state.middle_s, state.learnt = ordered[len(ordered) // 2], 0
-        return max(1, round(self.steps * min(self.spread, state.middle_s / own_s)))
+            state.middle_s, state.learnt = middle(state.step_s.values()), 0
+        return self.fit(own_s, state.middle_s)
+
+    def fit(self, own_s: float, middle_s: float) -> int:
+        """Return the local steps of a client whose step takes ``own_s``, by the middle one's."""
+        return max(1, round(self.steps * min(self.spread, middle_s / own_s)))
+
+
+def middle(step_s: Iterable[float]) -> float:
+    """Return the upper median."""
+    ordered = sorted(step_s)
+    return ordered[len(ordered) // 2]

@@ -11,7 +11,7 @@ from alignfed.builtin import MODEL_PATH
 from alignfed.config import Recipe
 from alignfed.config.section import BUILTIN
 from alignfed.core.adapter import Adapter, AdapterLayout, DenseShape, LoraShape
-from alignfed.core.local_steps import ClientSpeeds
+from alignfed.core.local_steps import middle
 from alignfed.errors import RecipeError
 from alignfed.planning.blueprint import (
     Blueprint,
@@ -256,10 +256,5 @@ def _local_steps(
     if by_speed is None or not shares:
         return dict.fromkeys(step_s, recipe.training.steps)
     fleet = [step_s[name] for name, share in shares.items() for _ in range(round(1000 * share))]
-    given: dict[str, int | None] = {}
-    for name, own_s in step_s.items():
-        speeds = ClientSpeeds()
-        for client_id, one_s in enumerate([own_s, *fleet]):
-            by_speed.learn(speeds, client_id, one_s)
-        given[name] = by_speed.assign(speeds, 0)
-    return given
+    middle_s = middle(fleet)
+    return {name: by_speed.fit(own_s, middle_s) for name, own_s in step_s.items()}
