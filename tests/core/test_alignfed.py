@@ -300,7 +300,7 @@ def test_what_is_contradicted_now_is_not_heard_again():
         state, _ = aggregate(rule, state, heard(current, position, along(current, 0, 1.0)))
     against = heard(current, 2, along(current, 0, -1.0))
     _, fresh = aggregate(rule, rule.init(current), against)
-    _, remembering = aggregate(rule, state, against)
+    _, remembering = aggregate(rule, dataclasses.replace(state, path=None), against)
     assert remembering.adapter.checksum == fresh.adapter.checksum
 
 

@@ -26,7 +26,7 @@ from alignfed.core import (
     update,
 )
 from alignfed.core.adapter import Adapter
-from alignfed.core.aggregation import compared, fedasync, held, memory, recall
+from alignfed.core.aggregation import compared, fedasync, held, memory, path, recall
 from alignfed.core.lora import factor, hetlora, product
 from alignfed.core.ports import AggregationRule
 from alignfed.errors import JournalError
@@ -74,6 +74,7 @@ CORE_CLASSES: tuple[type, ...] = (
     held.HeldUpdates,
     compared.ComparedUpdates,
     memory.ClientMemory,
+    path.Path,
     recall.Recall,
     factor.FactorSum,
     product.ProductTerms,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
+from alignfed.core.aggregation.path import Path
 from alignfed.core.aggregation.recall import Recall
 from alignfed.core.ports import Flush
 
@@ -20,14 +22,16 @@ class AlignFedState:
 
     Attributes:
         trust: what the guard multiplies the next step by before trying it.
-        ceiling: the most it may be, since the loss came to rest.
-        rested: flushes since that changed.
+        ceiling: the most it may be, since longer steps led no further.
+        rested: flushes since that changed, or since a mean of versions was taken.
         scales: what the guard multiplied the last steps by.
         norms: lengths (after clipping) of the last updates.
         staleness: of the last updates.
         calibrated_version: server version whose calibration loss is known (-1: none).
         calibration_loss: that loss, in nats.
         losses: calibration losses before the last flushes, twice as far as the guard looks back.
+        path: the last versions' mean; None: the next flush begins one.
+        valley: calibration loss of the mean taken last; minus infinity: none was.
         recall: what clients said last.
     """
 
@@ -40,6 +44,8 @@ class AlignFedState:
     calibrated_version: int = -1
     calibration_loss: float = 0.0
     losses: tuple[float, ...] = ()
+    path: Path | None = None
+    valley: float = -math.inf
     recall: Recall = field(default_factory=Recall)
 
 

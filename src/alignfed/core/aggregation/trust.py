@@ -1,4 +1,9 @@
-"""How long a step AlignFed takes: the guard's answer, and what is kept of it for the next flush."""
+"""How long a step AlignFed takes: the guard's answer, and what is kept of it for the next flush.
+
+Where the path of the last versions goes around a valley (``path.py``), the next version is the
+mean that lies in it, and the next step half as long. Two valleys in a row of which the second is
+no lower mean that steps of this length lead no further: a ceiling on them comes down.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ from statistics import fmean, variance
 
 from alignfed.core.adapter import Adapter
 from alignfed.core.aggregation.alignfed_state import AlignFedState
+from alignfed.core.aggregation.path import Path, lead_on, swings
 from alignfed.core.guard import GuardedStep, guarded_step
 from alignfed.core.ports import Calibrator, Flush
 
@@ -16,8 +22,8 @@ GROWTH = 5.0
 """A step that needed no halving lets the next one start longer by this share over the usual
 staleness, at most twice as long: what a longer step does is only seen in full that much later."""
 
-EASING = 1.25
-"""Where the loss falls for certain, the ceiling that a standstill left rises by this factor."""
+EASING = 2.0
+"""The ceiling rises by this factor with a valley lower than the last, and where the loss falls."""
 
 MOST_WINDOW = 1024
 """Flushes at most whose mean loss is held against that of as many before."""
@@ -31,7 +37,7 @@ class Trusted:
     """A guarded step.
 
     Attributes:
-        step: what the guard took.
+        step: what the guard took; or the mean of the last versions, as far as it led beyond them.
         state: the state after it.
         forwards: calibration mini-batches sent forward.
         notes: what to record.
@@ -117,17 +123,28 @@ def trusted_step(
         trust *= growth(usual)
     scales = (*state.scales, guarded.scale)[-rest:]
     ceiling, rested = state.ceiling, state.rested + 1
-    if rested >= rest and (found := falls(losses, rest)) is not None:
-        if not found:
-            ceiling, rested = max(LEAST_TRUST, min(ceiling, fmean(scales)) / 2), 0
-        elif ceiling < 1.0:
-            ceiling, rested = min(1.0, ceiling * EASING), 0
+    path: Path | None = lead_on(state.path, flush.adapter, guarded.adapter, flush.lora, rest)
+    forwards += guarded.forwards
+    mean, on_path = path.mean, (*losses, guarded.loss)[-path.versions :]
+    valley = math.inf
+    if swings(on_path):
+        valley, forwards = calibrator.loss(mean), forwards + 1
+    averaged = valley < min(on_path)
+    if averaged:
+        lower = valley < state.valley - margin * abs(valley)
+        ceiling = min(1.0, ceiling * EASING) if lower else min(ceiling, fmean(scales)) / 2
+        guarded, path = replace(guarded, adapter=mean, loss=valley), None
+        trust, rested = trust / 2, 0
+    elif ceiling < 1.0 and rested >= rest and falls(losses, rest):
+        ceiling, rested = min(1.0, ceiling * EASING), 0
+    ceiling = max(LEAST_TRUST, ceiling)
     known = math.isfinite(guarded.loss)
     measured = {"calibration_loss_before": before, "calibration_loss_after": guarded.loss}
     notes = {
         **{name: loss for name, loss in measured.items() if math.isfinite(loss)},
         "step_scale": guarded.scale,
         "step_ceiling": ceiling,
+        "averaged": float(averaged),
         "backtracks": float(guarded.halvings),
     }
     state = replace(
@@ -135,9 +152,11 @@ def trusted_step(
         trust=max(LEAST_TRUST, min(ceiling, trust)),
         ceiling=ceiling,
         rested=rested,
+        path=path,
+        valley=valley if averaged else state.valley,
         scales=scales,
         losses=losses if math.isfinite(before) else state.losses,
         calibrated_version=flush.version + 1 if known else -1,
         calibration_loss=guarded.loss if known else 0.0,
     )
-    return Trusted(guarded, state, forwards + guarded.forwards, notes)
+    return Trusted(guarded, state, forwards, notes)
