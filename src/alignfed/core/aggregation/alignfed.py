@@ -12,8 +12,8 @@ these stages, each a pure function of the ones before:
    contradicts all others is damped;
 4. grouping: within a base version, coefficients move towards their mean;
 5. memory: the mean of what absent clients said last is added;
-6. guard: the step is bounded in length, halved while it harms the calibration loss or clearly
-   overshoots, and kept short where that stands still; without it, staleness shortens it.
+6. guard: the step is bounded, and halved while it harms the calibration loss or overshoots; where
+   versions go around a valley their mean is taken; without a guard, staleness shortens the step.
 """
 
 from __future__ import annotations
@@ -36,7 +36,12 @@ from alignfed.core.aggregation.carried_step import step_of
 from alignfed.core.aggregation.compared import ComparedUpdates, compare_ahead, compare_all, gather
 from alignfed.core.aggregation.recall import absent_pair, remember_flush
 from alignfed.core.aggregation.settings import check_settings, choice, number, switch, whole
-from alignfed.core.aggregation.sizes import combining_bytes, comparing_bytes, require_updates
+from alignfed.core.aggregation.sizes import (
+    averaging_bytes,
+    combining_bytes,
+    comparing_bytes,
+    require_updates,
+)
 from alignfed.core.aggregation.transport import carry, gram_of
 from alignfed.core.aggregation.trust import trusted_step
 from alignfed.core.agreement import (
@@ -368,7 +373,6 @@ class AlignFed:
         ``candidate`` returns the adapter that a multiple of the step leads to; ``notes`` and
         ``forwards`` (calibration mini-batches) are the alignment's.
         """
-        coefficients = plan.coefficients
         state = replace(
             state,
             norms=(*state.norms, *plan.lengths)[-REMEMBERED_NORMS:],
@@ -381,7 +385,7 @@ class AlignFed:
         if calibrator is None or not self._is_guarded(flush.calibrator):
             tokens = calibrator.tokens * forwards if calibrator else 0
             work = ServerWork(moved, tokens)
-            return state, Step(candidate(1.0), coefficients, notes, work, plan.cuts)
+            return state, Step(candidate(1.0), plan.coefficients, notes, work, plan.cuts)
         found = trusted_step(
             state,
             flush,
@@ -394,7 +398,7 @@ class AlignFed:
         )
         guarded, forwards = found.step, forwards + found.forwards
         notes = {**notes, **found.notes}
-        weights = tuple(guarded.scale * coefficient for coefficient in coefficients)
-        moved += (guarded.forwards - 1) * combining_bytes(flush)
+        weights = tuple(guarded.scale * coefficient for coefficient in plan.coefficients)
+        moved += (guarded.forwards - 1) * combining_bytes(flush) + averaging_bytes(flush)
         work = ServerWork(moved, calibrator.tokens * forwards)
         return found.state, Step(guarded.adapter, weights, notes, work, plan.cuts)

@@ -33,3 +33,8 @@ def comparing_bytes(flush: Flush) -> int:
     """
     read = sum(entry.size_bytes for entry in flush.updates)
     return 3 * read
+
+
+def averaging_bytes(flush: Flush) -> int:
+    """Return the bytes that one more version in a running mean reads and writes."""
+    return 3 * flush.adapter.size_bytes
