@@ -26,7 +26,7 @@ from statistics import fmean, median
 from torch import Tensor
 
 from alignfed.core.adapter import DTYPES, Adapter
-from alignfed.core.aggregation import alignfed_paper
+from alignfed.core.aggregation import alignfed_paper, sizes
 from alignfed.core.aggregation.alignfed_state import (
     REMEMBERED_NORMS,
     AlignFedState,
@@ -36,12 +36,6 @@ from alignfed.core.aggregation.carried_step import step_of
 from alignfed.core.aggregation.compared import ComparedUpdates, compare_ahead, compare_all, gather
 from alignfed.core.aggregation.recall import absent_pair, remember_flush
 from alignfed.core.aggregation.settings import check_settings, choice, number, switch, whole
-from alignfed.core.aggregation.sizes import (
-    averaging_bytes,
-    combining_bytes,
-    comparing_bytes,
-    require_updates,
-)
 from alignfed.core.aggregation.transport import carry, gram_of
 from alignfed.core.aggregation.trust import trusted_step
 from alignfed.core.agreement import (
@@ -205,7 +199,7 @@ class AlignFed:
             RuleError: the flush holds no updates, or alignment needs a calibrator and has none.
             AdapterError: ranks differ within the flush and the LoRA rule adds factors.
         """
-        require_updates(flush)
+        sizes.require_updates(flush)
         gathered = gathered or ComparedUpdates()
         space = self.agreement_space if self.agreement_space != "auto" else space_of(flush.lora)
         if self.variant == "paper":
@@ -380,7 +374,7 @@ class AlignFed:
         )
         versions = len({entry.base_version for entry in flush.updates})
         notes = {**notes, **plan.notes, "versions": float(versions)}
-        moved = comparing_bytes(flush) + combining_bytes(flush)
+        moved = sizes.comparing_bytes(flush) + sizes.combining_bytes(flush)
         calibrator = flush.calibrator
         if calibrator is None or not self._is_guarded(flush.calibrator):
             tokens = calibrator.tokens * forwards if calibrator else 0
@@ -399,6 +393,7 @@ class AlignFed:
         guarded, forwards = found.step, forwards + found.forwards
         notes = {**notes, **found.notes}
         weights = tuple(guarded.scale * coefficient for coefficient in plan.coefficients)
-        moved += (guarded.forwards - 1) * combining_bytes(flush) + averaging_bytes(flush)
+        moved += (guarded.forwards - 1) * sizes.combining_bytes(flush)
+        moved += sizes.averaging_bytes(flush)
         work = ServerWork(moved, calibrator.tokens * forwards)
         return found.state, Step(guarded.adapter, weights, notes, work, plan.cuts)
