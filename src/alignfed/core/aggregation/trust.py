@@ -14,7 +14,7 @@ from statistics import fmean, variance
 
 from alignfed.core.adapter import Adapter
 from alignfed.core.aggregation.alignfed_state import AlignFedState
-from alignfed.core.aggregation.path import Path, lead_on, swings
+from alignfed.core.aggregation.path import lead_on, swings
 from alignfed.core.guard import GuardedStep, guarded_step
 from alignfed.core.ports import Calibrator, Flush
 
@@ -123,17 +123,16 @@ def trusted_step(
         trust *= growth(usual)
     scales = (*state.scales, guarded.scale)[-rest:]
     ceiling, rested = state.ceiling, state.rested + 1
-    path: Path | None = lead_on(state.path, flush.adapter, guarded.adapter, flush.lora, rest)
-    forwards += guarded.forwards
-    mean, on_path = path.mean, (*losses, guarded.loss)[-path.versions :]
-    valley = math.inf
+    path = lead_on(state.path, flush.adapter, guarded.adapter, flush.lora, rest)
+    on_path = (*losses, guarded.loss)[-path.versions :]
+    valley, forwards = math.inf, forwards + guarded.forwards
     if swings(on_path):
-        valley, forwards = calibrator.loss(mean), forwards + 1
+        valley, forwards = calibrator.loss(path.mean), forwards + 1
     averaged = valley < min(on_path)
     if averaged:
         lower = valley < state.valley - margin * abs(valley)
         ceiling = min(1.0, ceiling * EASING) if lower else min(ceiling, fmean(scales)) / 2
-        guarded, path = replace(guarded, adapter=mean, loss=valley), None
+        guarded = replace(guarded, adapter=path.mean, loss=valley)
         trust, rested = trust / 2, 0
     elif ceiling < 1.0 and rested >= rest and falls(losses, rest):
         ceiling, rested = min(1.0, ceiling * EASING), 0
@@ -152,7 +151,7 @@ def trusted_step(
         trust=max(LEAST_TRUST, min(ceiling, trust)),
         ceiling=ceiling,
         rested=rested,
-        path=path,
+        path=None if averaged else path,
         valley=valley if averaged else state.valley,
         scales=scales,
         losses=losses if math.isfinite(before) else state.losses,
