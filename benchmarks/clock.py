@@ -21,6 +21,7 @@ import time
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from measure import peak_rss_bytes, publish, spread
@@ -154,18 +155,20 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    fleet = make_fleet(options.clients)
-    plain, journalled, curve = [], [], {}
-    for repeat in range(options.repeats):
-        plain.append(options.events / seconds(fleet, options.events, options, journalled=False))
-        journalled.append(options.events / seconds(fleet, options.events, options, journalled=True))
-        print(f"{repeat + 1}: {plain[-1]:,.0f} events/s, journalled {journalled[-1]:,.0f}")
+    curve: dict[int, dict[str, Any]] = {}
     for clients in sorted({options.clients // 100, options.clients // 10, options.clients}):
-        some = make_fleet(clients)
+        fleet = make_fleet(clients)
         events = clients * options.events // options.clients
-        times = [seconds(some, events, options, journalled=False) for _ in range(options.repeats)]
+        times = [seconds(fleet, events, options, journalled=False) for _ in range(options.repeats)]
         curve[clients] = {"events": events, "seconds": spread(times)}
         print(f"{clients:,} clients, {events:,} events: {curve[clients]['seconds']['median']:.3f}s")
+    plain = [options.events / taken for taken in times]
+    print("events/s:", ", ".join(f"{rate:,.0f}" for rate in plain))
+    # Last: the disk is still busy with a journal for a while after it was closed.
+    journalled = []
+    for repeat in range(options.repeats):
+        journalled.append(options.events / seconds(fleet, options.events, options, journalled=True))
+        print(f"{repeat + 1}: journalled {journalled[-1]:,.0f} events/s")
     points = [(clients, row["seconds"]["median"]) for clients, row in curve.items()]
     publish(
         "clock",
