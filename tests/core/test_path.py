@@ -33,7 +33,9 @@ def place_of(adapter: Adapter) -> float:
     return float(moved.view(-1)[0])
 
 
-def walk(places: list[float], state: AlignFedState = FRESH) -> list[Trusted]:
+def walk(
+    places: list[float], state: AlignFedState = FRESH, averaging: bool = True
+) -> list[Trusted]:
     """Take steps to these places, which no guard shortens, until a mean is taken."""
     current, taken = at(places[0]), []
     for version, place in enumerate(places[1:]):
@@ -47,6 +49,7 @@ def walk(places: list[float], state: AlignFedState = FRESH) -> list[Trusted]:
             margin=0.02,
             window=8,
             max_backtracks=0,
+            averaging=averaging,
         )
         state, current = found.state, found.step.adapter
         taken.append(found)
@@ -63,6 +66,12 @@ def test_versions_on_both_sides_of_a_valley_are_replaced_by_their_mean():
     own = DistanceCalibrator(at(0.0)).loss(last.step.adapter)
     assert last.step.loss == last.state.calibration_loss == last.state.valley == own
     assert last.state.path is None
+
+
+def test_switched_off_no_mean_is_measured_or_taken():
+    taken = walk([2.0, -1.0, 1.0, -2.1], averaging=False)
+    assert [place_of(found.step.adapter) for found in taken] == pytest.approx([-1.0, 1.0, -2.1])
+    assert [found.forwards for found in taken] == [2, 1, 1]
 
 
 def test_after_a_mean_the_next_step_begins_at_half_its_length():

@@ -147,6 +147,9 @@ class AlignFed:
         0.02, "half a step must be better by this share of the loss to be taken instead", low=0
     )
     max_backtracks: int = whole(3, "halvings before a step is given up", low=0, high=16)
+    averaging: bool = switch(
+        True, "take the guarded versions' mean where it is better than each of them"
+    )
 
     name = "alignfed"
     synchronous = False
@@ -362,11 +365,7 @@ class AlignFed:
         notes: Mapping[str, float],
         forwards: int,
     ) -> tuple[AlignFedState, Step]:
-        """Take the step, as far as the guard lets it.
-
-        ``candidate`` returns the adapter that a multiple of the step leads to; ``notes`` and
-        ``forwards`` (calibration mini-batches) are the alignment's.
-        """
+        """Take the step, as far as the guard lets it; notes and forwards are the alignment's."""
         state = replace(
             state,
             norms=(*state.norms, *plan.lengths)[-REMEMBERED_NORMS:],
@@ -389,6 +388,7 @@ class AlignFed:
             margin=self.overshoot_margin,
             window=self.harm_window,
             max_backtracks=self.max_backtracks,
+            averaging=self.averaging,
         )
         guarded, forwards = found.step, forwards + found.forwards
         notes = {**notes, **found.notes}

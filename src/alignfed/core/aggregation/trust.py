@@ -85,6 +85,7 @@ def trusted_step(
     margin: float,
     window: int,
     max_backtracks: int,
+    averaging: bool = True,
 ) -> Trusted:
     """Return the step as long as the calibration loss lets it be, starting from the last trust.
 
@@ -97,6 +98,7 @@ def trusted_step(
         margin: what half a step must be better by to be taken instead, as a share of the loss.
         window: flushes whose highest loss a step is measured against.
         max_backtracks: halvings before a step is given up.
+        averaging: whether the mean of the last versions may be taken in their place.
     """
     before, forwards = state.calibration_loss, 0
     if state.calibrated_version != flush.version:
@@ -126,7 +128,7 @@ def trusted_step(
     path = lead_on(state.path, flush.adapter, guarded.adapter, flush.lora, rest)
     on_path = (*losses, guarded.loss)[-path.versions :]
     valley, forwards = math.inf, forwards + guarded.forwards
-    if swings(on_path):
+    if averaging and swings(on_path):
         valley, forwards = calibrator.loss(path.mean), forwards + 1
     averaged = valley < min(on_path)
     if averaged:
