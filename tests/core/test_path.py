@@ -34,7 +34,7 @@ def place_of(adapter: Adapter) -> float:
 
 
 def walk(
-    places: list[float], state: AlignFedState = FRESH, averaging: bool = True
+    places: list[float], state: AlignFedState = FRESH, averaging: bool = True, window: int = 8
 ) -> list[Trusted]:
     """Take steps to these places, which no guard shortens, until a mean is taken."""
     current, taken = at(places[0]), []
@@ -47,7 +47,7 @@ def walk(
             lambda scale, place=place: at(place),
             tolerance=1e6,
             margin=0.02,
-            window=8,
+            window=window,
             max_backtracks=0,
             averaging=averaging,
         )
@@ -115,6 +115,11 @@ def test_a_long_path_forgets_where_it_began():
         path = lead_on(path, at(5.0), at(1.0), LORA, window=6)
     assert path is not None and path.versions == 6
     assert place_of(path.mean) == pytest.approx(1.0, abs=0.02)
+
+
+def test_a_guard_that_looks_back_one_flush_still_sees_a_valley():
+    taken = walk([2.0, -1.0, 1.0, -2.1], window=1)
+    assert taken[-1].notes["averaged"] == 1.0
 
 
 def test_few_versions_tell_nothing():

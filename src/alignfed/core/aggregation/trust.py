@@ -14,7 +14,7 @@ from statistics import fmean, variance
 
 from alignfed.core.adapter import Adapter
 from alignfed.core.aggregation.alignfed_state import AlignFedState
-from alignfed.core.aggregation.path import lead_on, swings
+from alignfed.core.aggregation.path import LEAST_VERSIONS, lead_on, swings
 from alignfed.core.guard import GuardedStep, guarded_step
 from alignfed.core.ports import Calibrator, Flush
 
@@ -106,7 +106,7 @@ def trusted_step(
     # What a step does is seen in full only as many versions later as updates are stale.
     usual = fmean(state.staleness) if state.staleness else 0.0
     rest = min(MOST_WINDOW, window * max(1, round(usual / window)))
-    losses = (*state.losses, before)[-2 * rest :]
+    losses = (*state.losses, before)[-max(2 * rest, LEAST_VERSIONS) :]
     guarded = guarded_step(
         flush.adapter,
         candidate,
