@@ -40,3 +40,10 @@ def moved(adapter: Adapter, seed: int, scale: float = 0.1) -> Adapter:
             for dtype, buffer in adapter.buffers.items()
         },
     )
+
+
+def along(current: Adapter, position: int, length: float) -> Adapter:
+    """Return ``current`` moved along one element of its head."""
+    head = current.dense["score.weight"].clone()
+    head.view(-1)[position] += length
+    return Adapter.pack(current.lora, {"score.weight": head})

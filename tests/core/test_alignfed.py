@@ -12,20 +12,13 @@ from alignfed.core.aggregation.trust import LEAST_TRUST, falls, growth
 from alignfed.core.lora import FactorMean, ProductSum
 from alignfed.errors import RuleError
 from tests.contract.flushes import DistanceCalibrator, Given, aggregate, entry, flush, stale_flush
-from tests.core.adapters import make_adapter, moved
+from tests.core.adapters import along, make_adapter, moved
 
 torch.set_num_threads(1)
 
 
 def apply(rule: AlignFed, given: Given):
     return aggregate(rule, rule.init(given.adapter), given)[1]
-
-
-def along(current: Adapter, position: int, length: float) -> Adapter:
-    """Return ``current`` moved along one element of its head."""
-    head = current.dense["score.weight"].clone()
-    head.view(-1)[position] += length
-    return Adapter.pack(current.lora, {"score.weight": head})
 
 
 def test_updates_in_new_directions_are_summed_and_repeated_ones_averaged():

@@ -12,20 +12,18 @@ from alignfed.core.aggregation.trust import Trusted, trusted_step
 from alignfed.core.lora import make_lora_rule
 from alignfed.core.ports import Flush
 from tests.contract.flushes import DistanceCalibrator
-from tests.core.adapters import make_adapter
+from tests.core.adapters import along, make_adapter
 
 torch.set_num_threads(1)
 
 BASE = make_adapter(1)
 LORA = make_lora_rule("factor")
 FRESH = AlignFedState()
+VALLEY = DistanceCalibrator(BASE)
 
 
 def at(place: float) -> Adapter:
-    """Return an adapter so far along one element of its head; the valley is at 0."""
-    head = BASE.dense["score.weight"].clone()
-    head.view(-1)[0] += place
-    return Adapter.pack(BASE.lora, {"score.weight": head})
+    return along(BASE, 0, place)
 
 
 def place_of(adapter: Adapter) -> float:
@@ -39,11 +37,10 @@ def walk(
     """Take steps to these places, which no guard shortens, until a mean is taken."""
     current, taken = at(places[0]), []
     for version, place in enumerate(places[1:]):
-        flush = Flush(version, current, (), 1.0, 1, LORA, DistanceCalibrator(at(0.0)))
         found = trusted_step(
             state,
-            flush,
-            DistanceCalibrator(at(0.0)),
+            Flush(version, current, (), 1.0, 1, LORA, VALLEY),
+            VALLEY,
             lambda scale, place=place: at(place),
             tolerance=1e6,
             margin=0.02,
@@ -63,7 +60,7 @@ def test_versions_on_both_sides_of_a_valley_are_replaced_by_their_mean():
     assert [found.notes["averaged"] for found in before] == [0.0, 0.0]
     assert last.notes["averaged"] == 1.0
     assert place_of(last.step.adapter) == pytest.approx((2.0 - 1.0 + 1.0 - 2.1) / 4, abs=1e-6)
-    own = DistanceCalibrator(at(0.0)).loss(last.step.adapter)
+    own = VALLEY.loss(last.step.adapter)
     assert last.step.loss == last.state.calibration_loss == last.state.valley == own
     assert last.state.path is None
 

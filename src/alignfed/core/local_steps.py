@@ -11,8 +11,8 @@ has groups arrive together; here nobody waits for anybody. Nothing here reads a 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
+from statistics import median_high
 
 _RENEWALS = 16
 """The middle speed is taken anew when this part of all speeds has been learnt since."""
@@ -61,15 +61,9 @@ class StepsBySpeed:
         if own_s is None:
             return self.steps
         if state.learnt * _RENEWALS >= len(state.step_s):
-            state.middle_s, state.learnt = middle(state.step_s.values()), 0
+            state.middle_s, state.learnt = median_high(state.step_s.values()), 0
         return self.fit(own_s, state.middle_s)
 
     def fit(self, own_s: float, middle_s: float) -> int:
         """Return the local steps of a client whose step takes ``own_s``, by the middle one's."""
         return max(1, round(self.steps * min(self.spread, middle_s / own_s)))
-
-
-def middle(step_s: Iterable[float]) -> float:
-    """Return the upper median."""
-    ordered = sorted(step_s)
-    return ordered[len(ordered) // 2]

@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median_high
 
 from alignfed.builtin import MODEL_PATH
 from alignfed.config import Recipe
 from alignfed.config.section import BUILTIN
 from alignfed.core.adapter import Adapter, AdapterLayout, DenseShape, LoraShape
-from alignfed.core.local_steps import middle
 from alignfed.errors import RecipeError
 from alignfed.planning.blueprint import (
     Blueprint,
@@ -256,5 +256,5 @@ def _local_steps(
     if by_speed is None or not shares:
         return dict.fromkeys(step_s, recipe.training.steps)
     fleet = [step_s[name] for name, share in shares.items() for _ in range(round(1000 * share))]
-    middle_s = middle(fleet)
+    middle_s = median_high(fleet)
     return {name: by_speed.fit(own_s, middle_s) for name, own_s in step_s.items()}

@@ -394,6 +394,6 @@ class AlignFed:
         notes = {**notes, **found.notes}
         weights = tuple(guarded.scale * coefficient for coefficient in plan.coefficients)
         moved += (guarded.forwards - 1) * sizes.combining_bytes(flush)
-        moved += sizes.averaging_bytes(flush)
+        moved += sizes.averaging_bytes(flush) if self.averaging else 0
         work = ServerWork(moved, calibrator.tokens * forwards)
         return found.state, Step(guarded.adapter, weights, notes, work, plan.cuts)

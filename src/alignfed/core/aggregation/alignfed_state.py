@@ -30,7 +30,7 @@ class AlignFedState:
         calibrated_version: server version whose calibration loss is known (-1: none).
         calibration_loss: that loss, in nats.
         losses: calibration losses before the last flushes, twice as far as the guard looks back.
-        path: the last versions' mean; None: the next flush begins one.
+        path: the last versions' mean; None: the next flush begins one, if any is wanted.
         valley: calibration loss of the mean taken last; minus infinity: none was.
         recall: what clients said last.
     """

@@ -1,8 +1,8 @@
 """How long a step AlignFed takes: the guard's answer, and what is kept of it for the next flush.
 
 Where the path of the last versions goes around a valley (``path.py``), the next version is the
-mean that lies in it, and the next step half as long. Two valleys in a row of which the second is
-no lower mean that steps of this length lead no further: a ceiling on them comes down.
+mean that lies in it, and the next step begins at half its length. A valley that is no lower than
+the one before says that steps of this length lead no further: a ceiling on them comes down.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Trusted:
     """A guarded step.
 
     Attributes:
-        step: what the guard took; or the mean of the last versions, as far as it led beyond them.
+        step: what the guard took, or the mean of the last versions in its place.
         state: the state after it.
         forwards: calibration mini-batches sent forward.
         notes: what to record.
@@ -125,16 +125,18 @@ def trusted_step(
         trust *= growth(usual)
     scales = (*state.scales, guarded.scale)[-rest:]
     ceiling, rested = state.ceiling, state.rested + 1
-    path = lead_on(state.path, flush.adapter, guarded.adapter, flush.lora, rest)
-    on_path = (*losses, guarded.loss)[-path.versions :]
-    valley, forwards = math.inf, forwards + guarded.forwards
-    if averaging and swings(on_path):
-        valley, forwards = calibrator.loss(path.mean), forwards + 1
-    averaged = valley < min(on_path)
-    if averaged:
+    forwards += guarded.forwards
+    path, valley = None, None
+    if averaging:
+        path = lead_on(state.path, flush.adapter, guarded.adapter, flush.lora, rest)
+    on_path = (*losses, guarded.loss)[-path.versions :] if path else ()
+    if path and swings(on_path):
+        loss, forwards = calibrator.loss(path.mean), forwards + 1
+        if loss < min(on_path):
+            guarded, path, valley = replace(guarded, adapter=path.mean, loss=loss), None, loss
+    if valley is not None:
         lower = valley < state.valley - margin * abs(valley)
         ceiling = min(1.0, ceiling * EASING) if lower else min(ceiling, fmean(scales)) / 2
-        guarded = replace(guarded, adapter=path.mean, loss=valley)
         trust, rested = trust / 2, 0
     elif ceiling < 1.0 and rested >= rest and falls(losses, rest):
         ceiling, rested = min(1.0, ceiling * EASING), 0
@@ -145,7 +147,7 @@ def trusted_step(
         **{name: loss for name, loss in measured.items() if math.isfinite(loss)},
         "step_scale": guarded.scale,
         "step_ceiling": ceiling,
-        "averaged": float(averaged),
+        "averaged": float(valley is not None),
         "backtracks": float(guarded.halvings),
     }
     state = replace(
@@ -153,8 +155,8 @@ def trusted_step(
         trust=max(LEAST_TRUST, min(ceiling, trust)),
         ceiling=ceiling,
         rested=rested,
-        path=None if averaged else path,
-        valley=valley if averaged else state.valley,
+        path=path,
+        valley=state.valley if valley is None else valley,
         scales=scales,
         losses=losses if math.isfinite(before) else state.losses,
         calibrated_version=flush.version + 1 if known else -1,
