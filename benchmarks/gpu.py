@@ -62,14 +62,16 @@ TINY = BILLION | {
 STEPS, LENGTH = 2, 512
 
 
-def save_model(folder: Path, sizes: dict[str, int], dtype: torch.dtype) -> None:
+def save_model(folder: Path, sizes: dict[str, int], dtype: torch.dtype, device: str) -> None:
     """Write a Llama of random parameters with the built-in tokenizer."""
     known = LlamaConfig.from_pretrained(str(builtin.MODEL_PATH)).vocab_size
     config = LlamaConfig.from_pretrained(
         str(builtin.MODEL_PATH), **(sizes | {"vocab_size": max(known, sizes["vocab_size"])})
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+    with torch.device(device):
+        model = LlamaForCausalLM(config).to(dtype)
+    model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path(builtin.MODEL_PATH) / name, folder)
 
@@ -151,7 +153,7 @@ def main() -> None:
     widths = sorted({int(one) for one in options.widths.split(",")})
     tiny = options.device == "cpu"
     with tempfile.TemporaryDirectory() as folder:
-        save_model(Path(folder), TINY if tiny else BILLION, torch.bfloat16)
+        save_model(Path(folder), TINY if tiny else BILLION, torch.bfloat16, options.device)
         length = 64 if tiny else LENGTH
         figures = compare(
             folder, options.device, length, widths, options.repeats, options.peak_tflops

@@ -216,11 +216,11 @@ class CohortTrainer:
                 optimiser.step()
         return {
             one.place: TrainingResult(
-                stack.read(row),
+                adapter,
                 one.plan.num_examples,
                 task_metrics(torch.stack(own).tolist(), one.plan),
             )
-            for row, (one, own) in enumerate(zip(cohort, losses, strict=True))
+            for one, own, adapter in zip(cohort, losses, stack.read(), strict=True)
         }
 
     def _can_stack(self, jobs: Sequence[TrainingJob]) -> bool:

@@ -32,6 +32,7 @@ from alignfed.training.architecture import (
 )
 from alignfed.training.export import write_peft_folder
 from alignfed.training.settings import ModelSettings
+from alignfed.training.transfer import to_cpu
 
 ADAPTER_NAME = "default"
 """PEFT's name of the one adapter; it is left out of every name of ours."""
@@ -160,7 +161,7 @@ class BaseModel:
 
     def read(self, like: AdapterLayout | None = None) -> Adapter:
         """Return a copy of what is installed, on the CPU, in fp32 or in the dtypes of ``like``."""
-        copied = self.values.detach().to("cpu", copy=True)
+        (copied,) = to_cpu(self.values.detach().unsqueeze(0))
         plain = Adapter(self.layout, {torch.float32: copied})
         return plain if like is None or like == self.layout else _with_dtypes(plain, like)
 

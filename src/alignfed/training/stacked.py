@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from alignfed.core.adapter import DTYPES, Adapter, AdapterLayout
+from alignfed.training.transfer import to_cpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,25 +73,49 @@ class StackedAdapters:
         self._layouts = tuple(adapter.layout for adapter in adapters)
         self.layout = widest(self._layouts)
         size = sum(self.layout.sizes.values())
-        self.values = torch.zeros(len(adapters), size, device=device)
+        self._alike = all(one.slices == self.layout.slices for one in self._layouts)
         self.gradients = torch.zeros(len(adapters), size, device=device)
-        for row, adapter in enumerate(adapters):
-            for mine, its in self._pairs(row, adapter):
-                mine.copy_(its)
+        if self._alike:
+            self.values = torch.empty_like(self.gradients)
+            first: dict[int, int] = {}
+            for row, adapter in enumerate(adapters):
+                # Most clients of a cohort start from one version: it is sent to the device once.
+                source = first.setdefault(id(adapter), row)
+                flat = adapter.buffers[torch.float32] if source == row else self.values[source]
+                self.values[row].copy_(flat)
+            _turn(self.values, self.layout)
+        else:
+            # Put together here: a device is asked once, not once a factor.
+            rows = torch.zeros(len(adapters), size)
+            for row, adapter in zip(rows, adapters, strict=True):
+                for mine, its in self._pairs(row, adapter):
+                    mine.copy_(its)
+            self.values = rows.to(device)
 
     def __len__(self) -> int:
         """Return the number of adapters."""
         return len(self._layouts)
 
-    def read(self, row: int) -> Adapter:
-        """Return a copy of one adapter, on the CPU, in its own ranks and dtypes."""
-        layout = self._layouts[row]
-        copied = Adapter(
-            layout, {dtype: torch.empty(size, dtype=dtype) for dtype, size in layout.sizes.items()}
-        )
-        for mine, its in self._pairs(row, copied):
-            its.copy_(mine)
-        return copied
+    def read(self) -> list[Adapter]:
+        """Return a copy of every adapter, on the CPU, in its own ranks and dtypes.
+
+        What stood in ``gradients`` is overwritten.
+        """
+        if self._alike:
+            turned = self.gradients.copy_(self.values)
+            _turn(turned, self.layout, back=True)
+            return [
+                Adapter(layout, {torch.float32: flat})
+                for layout, flat in zip(self._layouts, to_cpu(turned), strict=True)
+            ]
+        read = []
+        for layout, row in zip(self._layouts, self.values.cpu(), strict=True):
+            sizes = layout.sizes.items()
+            buffers = {dtype: torch.empty(size, dtype=dtype) for dtype, size in sizes}
+            read.append(Adapter(layout, buffers))
+            for mine, its in self._pairs(row, read[-1]):
+                its.copy_(mine)
+        return read
 
     def leaves(self, count: int) -> Leaves:
         """Return fresh leaves of the first ``count`` adapters, which are views of ``values``."""
@@ -119,10 +144,10 @@ class StackedAdapters:
             return scales[0]
         return torch.tensor(scales, device=self.values.device).view(count, 1, 1)
 
-    def _pairs(self, row: int, adapter: Adapter) -> Iterator[tuple[Tensor, Tensor]]:
+    def _pairs(self, row: Tensor, adapter: Adapter) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield views of equal shape into a row and into an adapter."""
         for name, part, shape, start, stop in _slices(self.layout):
-            mine = self.values[row, start:stop].view(shape)
+            mine = row[start:stop].view(shape)
             if part == "dense":
                 yield mine, adapter.dense[name]
                 continue
@@ -144,6 +169,15 @@ def widest(layouts: Sequence[AdapterLayout]) -> AdapterLayout:
         ),
         tuple((name, replace(one, dtype="float32")) for name, one in first.dense),
     )
+
+
+def _turn(rows: Tensor, layout: AdapterLayout, *, back: bool = False) -> None:
+    """Transpose every B in rows of one layout, in place: as adapters hold it, or ``back`` to it."""
+    for _, part, shape, start, stop in _slices(layout):
+        if part == "b":
+            now, then = (shape, shape[::-1]) if back else (shape[::-1], shape)
+            held = rows[:, start:stop].clone().view(-1, *now)
+            rows[:, start:stop].view(-1, *then).copy_(held.transpose(1, 2))
 
 
 def _slices(layout: AdapterLayout) -> Iterator[tuple[str, str, tuple[int, ...], int, int]]:

@@ -136,8 +136,8 @@ def _worst_difference(
         return None
     stack.values.copy_(stack.gradients)
     worst = 0.0
-    for row, (loss, gradients) in enumerate(expected):
-        found = stack.read(row).buffers[torch.float32]
+    for row, ((loss, gradients), read) in enumerate(zip(expected, stack.read(), strict=True)):
+        found = read.buffers[torch.float32]
         off = (found - gradients).norm() / gradients.norm().clamp(min=1e-30)
         for one in (float(off), abs(losses[row] - loss) / max(abs(loss), 1e-6)):
             worst = max(worst, one if math.isfinite(one) else math.inf)
