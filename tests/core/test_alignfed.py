@@ -176,7 +176,7 @@ def test_trust_grows_back_while_steps_do_no_harm():
 
 def test_without_a_calibration_set_staleness_holds_the_step():
     current = make_adapter(1)
-    rule = AlignFed(freshness_decay=0.0)
+    rule = AlignFed()
     for staleness in (0, 1, 4, 16, 64):
         entries = [entry(i, along(current, i, 1.0), current, staleness=staleness) for i in range(4)]
         total = sum(apply(rule, flush(current, entries, FactorMean())).weights)
@@ -208,7 +208,8 @@ def test_exact_innovations_need_no_rank_maps():
 @pytest.mark.parametrize("variant", ["default", "paper"])
 def test_each_module_makes_a_difference_and_can_be_switched_off(off, variant):
     given = stale_flush(FactorMean())
-    rule = AlignFed(variant=variant)
+    # Deviations are kept whole unless asked for otherwise: two seeds in six regimes showed no use.
+    rule = AlignFed(variant=variant, deviation_keep=0.5)
     assert (
         apply(rule, given).adapter.checksum
         != apply(dataclasses.replace(rule, **{off: False}), given).adapter.checksum

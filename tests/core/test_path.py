@@ -7,7 +7,7 @@ import torch
 
 from alignfed.core.adapter import Adapter
 from alignfed.core.aggregation.alignfed_state import AlignFedState
-from alignfed.core.aggregation.path import LEAST_VERSIONS, lead_on, swings
+from alignfed.core.aggregation.path import LEAST_VERSIONS, in_valley, lead_on, swings
 from alignfed.core.aggregation.trust import Trusted, trusted_step
 from alignfed.core.lora import make_lora_rule
 from alignfed.core.ports import Flush
@@ -85,10 +85,26 @@ def test_after_a_mean_the_next_step_begins_at_half_its_length():
         [4.0, 5.0, 4.0, 5.0, 4.0, 5.0],  # to and fro on one side
     ],
 )
-def test_a_path_that_goes_around_no_valley_is_left_alone(places):
+def test_before_a_first_valley_a_path_around_none_is_left_alone(places):
     taken = walk(places)
     assert [place_of(found.step.adapter) for found in taken] == pytest.approx(places[1:], abs=1e-5)
     assert all(found.state.ceiling == 1.0 for found in taken)
+
+
+def test_after_a_first_valley_a_path_that_leaves_its_best_version_behind_is_turned_back():
+    up = [1.0, 2.0, 4.0, 5.0, 7.0, 9.0]
+    taken = walk(up, AlignFedState(valley=math.inf, path=None))
+    assert len(taken) == 5  # infinity is not a valley's loss
+    taken = walk(up, AlignFedState(valley=0.5))
+    assert [found.notes["averaged"] for found in taken] == [0.0, 0.0, 0.0, 1.0]
+    assert place_of(taken[-1].step.adapter) == pytest.approx((1 + 2 + 4 + 5 + 7) / 5, abs=1e-5)
+
+
+def test_a_valley_is_below_every_version_or_clearly_below_an_end_long_past_its_best():
+    assert in_valley(0.9, [1.0, 2.0, 3.0, 2.0], margin=math.inf)
+    assert not in_valley(1.1, [1.0, 2.0, 3.0, 2.0], margin=0.02)  # three past the best
+    assert in_valley(1.1, [1.0, 2.0, 3.0, 2.0, 2.0], margin=0.02)
+    assert not in_valley(1.97, [1.0, 2.0, 3.0, 2.0, 2.0], margin=0.02)
 
 
 def test_a_mean_is_measured_only_while_the_last_version_is_not_the_best():

@@ -122,13 +122,20 @@ def test_each_variant_switches_one_module_off():
     own = arm_of(default_recipe(), "alignfed")
     found = variants(own)
     assert found["full"] == own
-    assert {"without grouping", "without alignment", "without fairness"} <= set(found)
-    assert {"without guard", "without freshness", "without participation"} <= set(found)
+    assert {"without alignment", "without fairness", "without guard"} <= set(found)
+    assert {"without averaging", "without memory", "without lengths"} <= set(found)
+    # What does nothing by default is not there to be switched off.
+    assert not {"without grouping", "without freshness", "without participation"} & set(found)
     for name, arm in found.items():
         switched = len(arm.settings) + (arm.local_steps == "equal")
         assert switched == (name != "full")
         make_rule("alignfed", **arm.settings)
     assert "without local steps by speed" in found
+    more = {"deviation_keep": 0.5, "freshness_decay": 0.125, "participation_exponent": 0.25}
+    more_on = variants(replace(own, settings=more))
+    assert {"without grouping", "without freshness", "without participation"} <= set(more_on)
+    assert more_on["without freshness"].settings == more | {"freshness_decay": 0.0}
+    assert more_on["without grouping"].settings == more | {"grouping": False}
     off = replace(own, settings={"guard": False}, local_steps="equal")
     assert not {"without guard", "without local steps by speed"} & set(variants(off))
 

@@ -38,11 +38,12 @@ FULL = "full"
 """The variant with every module on."""
 
 NUMBERS = {
-    "freshness": "freshness_decay",
-    "participation": "participation_exponent",
-    "lengths": "length_exponent",
+    "grouping": ("deviation_keep", 1.0),
+    "freshness": ("freshness_decay", 0.0),
+    "participation": ("participation_exponent", 0.0),
+    "lengths": ("length_exponent", 0.0),
 }
-"""Modules that a number switches off by being 0; all others are switches."""
+"""Modules that do nothing while a number has this value, whatever their switch says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +71,16 @@ def variants(own: Arm) -> dict[str, Arm]:
 
     A module that ``own`` or the method's defaults leave off is not there to be switched off.
     """
-    known, settings = {one.name: one for one in RULES[METHOD].settings}, own.settings
+    known = {one.name: one.default for one in RULES[METHOD].settings}
+    values = {**known, **own.settings}
+    idle = {module for module, (name, off) in NUMBERS.items() if values[name] == off}
     found = {FULL: own}
-    for name, one in known.items():
-        if one.kind is bool and settings.get(name, one.default) is True:
+    for name, value in known.items():
+        if isinstance(value, bool) and values[name] is True and name not in idle:
             found[f"without {name}"] = own.with_settings(**{name: False})
-    for module, name in NUMBERS.items():
-        if name in known and settings.get(name, known[name].default):
-            found[f"without {module}"] = own.with_settings(**{name: 0.0})
+    for module, (name, off) in NUMBERS.items():
+        if module not in known and module not in idle:
+            found[f"without {module}"] = own.with_settings(**{name: off})
     if own.local_steps != "equal":
         found["without local steps by speed"] = replace(own, local_steps="equal")
     return found

@@ -10,7 +10,7 @@ these stages, each a pure function of the ones before:
 3. agreement: ``(G + lambda diag G) c = (1 + lambda) diag(G) w`` on the Gram matrix of the carried
    updates, long ones clipped first; a mean where clients agree, a sum where they do not; who
    contradicts all others is damped;
-4. grouping: within a base version, coefficients move towards their mean;
+4. grouping: within a base version, coefficients may be moved towards their mean;
 5. memory: the mean of what absent clients said last is added;
 6. guard: the step is bounded, and halved while it harms the calibration loss or overshoots; where
    versions go around a valley their mean is taken; without a guard, staleness shortens the step.
@@ -81,9 +81,9 @@ class AlignFed:
     variant: str = choice(
         "default", ("default", "paper"), "the default, or the paper's equations as reported"
     )
-    grouping: bool = switch(True, "treat updates of one base version as a group")
+    grouping: bool = switch(True, "treat updates of one base version as a group (deviation_keep)")
     alignment: bool = switch(True, "carry stale updates to the current version")
-    fairness: bool = switch(True, "weigh by freshness and participation")
+    fairness: bool = switch(True, "weigh by length, freshness and participation")
     memory: bool = switch(True, "add what absent clients said last")
     server_step: float = number(1.0, "multiplies every coefficient", low=0, low_included=False)
     agreement: float = number(
@@ -96,7 +96,7 @@ class AlignFed:
         1 << 17, "numbers that an update of eight times as many is compared by; 0: all", low=0
     )
     deviation_keep: float = number(
-        0.5, "share of a group's deviations from its mean that is kept", low=0, high=1
+        1.0, "share of a group's deviations from its mean that is kept", low=0, high=1
     )
     alignment_map: str = choice(
         "rank", ("rank", "activation", "both"), "rank-space maps, calibration inputs, or both"
@@ -105,11 +105,9 @@ class AlignFed:
         0.05, "damping of alignment maps, relative", low=0, low_included=False
     )
     calibration_positions: int = whole(256, "positions used to fit activation maps", low=1)
-    freshness_decay: float = number(
-        0.125, "gamma of (1 + s / (1 + mean s)) ** -gamma", low=0, high=4
-    )
+    freshness_decay: float = number(0.0, "gamma of (1 + s / (1 + mean s)) ** -gamma", low=0, high=4)
     reported_decay: float = number(0.2, "gamma of exp(-gamma s), the paper variant's", low=0)
-    participation_exponent: float = number(0.25, "of mean uploads / own uploads", low=0, high=2)
+    participation_exponent: float = number(0.0, "of mean uploads / own uploads", low=0, high=2)
     participation_limit: float = number(4.0, "largest participation or length factor", low=1)
     length_exponent: float = number(
         0.5, "of median length / own length; short tasks move less far", low=0, high=1
@@ -147,9 +145,7 @@ class AlignFed:
         0.02, "half a step must be better by this share of the loss to be taken instead", low=0
     )
     max_backtracks: int = whole(3, "halvings before a step is given up", low=0, high=16)
-    averaging: bool = switch(
-        True, "take the guarded versions' mean where it is better than each of them"
-    )
+    averaging: bool = switch(True, "take the guarded versions' mean where they go around a valley")
 
     name = "alignfed"
     synchronous = False

@@ -3,8 +3,9 @@
 Long steps on stale updates swing: the versions then lie on both sides of a valley, and their mean
 is in it (averaging iterates: Polyak and Juditsky 1992). It shows by a calibration loss lower than
 that of every version it was made of. The mean of a path that leads down lies behind its end, that
-of one that leads up behind its beginning, so neither is ever turned back: where clients hold a few
-classes each, a run has to go up before it goes down.
+of one that leads up behind its beginning, so neither is turned back by this: where clients hold a
+few classes each, a run has to go up before it goes down. A path that has left its best version some
+way behind, and whose mean is clearly better than its end, has been round the valley too.
 """
 
 from __future__ import annotations
@@ -55,3 +56,19 @@ def swings(losses: Sequence[float]) -> bool:
         losses: calibration losses of its versions, in order.
     """
     return len(losses) >= LEAST_VERSIONS and losses[-1] > min(losses)
+
+
+def in_valley(loss: float, losses: Sequence[float], margin: float) -> bool:
+    """Return whether the mean of a path is to be the next version.
+
+    So it is where it is better than each of the path's versions; or better than its end by more
+    than ``margin``, if the best of them lies ``LEAST_VERSIONS`` behind.
+
+    Args:
+        loss: calibration loss of the mean.
+        losses: calibration losses of the path's versions, in order.
+        margin: as a share of the end's loss.
+    """
+    best, end = min(losses), losses[-1]
+    since = len(losses) - 1 - losses.index(best)
+    return loss < best or (since >= LEAST_VERSIONS and loss < end - margin * abs(end))

@@ -14,7 +14,7 @@ from statistics import fmean, variance
 
 from alignfed.core.adapter import Adapter
 from alignfed.core.aggregation.alignfed_state import AlignFedState
-from alignfed.core.aggregation.path import LEAST_VERSIONS, lead_on, swings
+from alignfed.core.aggregation.path import LEAST_VERSIONS, in_valley, lead_on, swings
 from alignfed.core.guard import GuardedStep, guarded_step
 from alignfed.core.ports import Calibrator, Flush
 
@@ -132,7 +132,8 @@ def trusted_step(
     on_path = (*losses, guarded.loss)[-path.versions :] if path else ()
     if path and swings(on_path):
         loss, forwards = calibrator.loss(path.mean), forwards + 1
-        if loss < min(on_path):
+        # Before a first valley nobody knows whether a way up leads over a hill.
+        if in_valley(loss, on_path, margin if math.isfinite(state.valley) else math.inf):
             guarded, path, valley = replace(guarded, adapter=path.mean, loss=loss), None, loss
     if valley is not None:
         lower = valley < state.valley - margin * abs(valley)
