@@ -1,16 +1,17 @@
 """What a tenth of poisoned clients does to a run, and whether the journal names their uploads.
 
     python benchmarks/poisoned.py [--seeds 10,11,12] [--rules alignfed,fedbuff] [--uploads 192]
+                                  [--recipe FILE] [--set KEY=VALUE ...]
 
 The clients, devices and data of recipes/compare/builtin-8.toml (96 clients, 32 tasks in flight,
-mean staleness about 7), cut to fewer uploads. A tenth of the clients, drawn by the seed, train
-like everybody and send something else, see src/alignfed/study/poisoning.py. Everything else is
-equal, down to every batch. Two figures, both ratios to the clean run of the same rule and seed:
-the final loss (mean of the last three evaluations, one every four flushes), and the loss over the
-whole run (geometric mean of all evaluations but the first). The loss still falls steeply at the
-end, so the first swings with every flush; the second is steadier. Each is an ordinary run, kept in
---out (studies/poisoned), where `alignfed uploads DIR` shows who was refused or cut; runs that are
-finished there are not done again. Half a minute a run on one core.
+mean staleness about 7) or of another recipe, cut to fewer uploads. A tenth of the clients, drawn
+by the seed, train like everybody and send something else, see src/alignfed/study/poisoning.py.
+Everything else is equal, down to every batch. Two figures, both ratios to the clean run of the
+same rule and seed: the final loss (mean of the last three evaluations, one every four flushes), and
+the loss over the whole run (geometric mean of all evaluations but the first). Where the loss still
+falls steeply at the end, the first swings with every flush; the second is steadier. Each is an
+ordinary run, kept in --out (studies/poisoned), where `alignfed uploads DIR` shows who was refused
+or cut; runs that are finished there are not done again. Half a minute a run on one core.
 
 Pull is how far an upload moved the server: its coefficient times the length of its update, on
 average over those applied. FedBuff runs at its default step and is there for contrast: no rule may
@@ -43,7 +44,7 @@ SHARE = 0.1
 LAST = 3
 
 
-def recipe_of(rule: str, seed: int, uploads: int) -> Recipe:
+def recipe_of(file: Path, changed: list[str], rule: str, seed: int, uploads: int) -> Recipe:
     changes = {
         "seed": seed,
         "strategy.rule": rule,
@@ -53,7 +54,7 @@ def recipe_of(rule: str, seed: int, uploads: int) -> Recipe:
         "training.workers": 1,
         "training.threads": 1,
     }
-    return load_recipe(RECIPE, [f"{key}={value}" for key, value in changes.items()])
+    return load_recipe(file, [*changed, *(f"{key}={value}" for key, value in changes.items())])
 
 
 def do(place: Path, recipe: Recipe, build: Callable[[Recipe], Simulation]) -> None:
@@ -144,17 +145,21 @@ def main() -> None:
     parser.add_argument("--seeds", default="10,11,12")
     parser.add_argument("--rules", default="alignfed,fedbuff")
     parser.add_argument("--uploads", type=int, default=192)
+    parser.add_argument("--recipe", type=Path, default=RECIPE)
+    parser.add_argument("--set", action="append", default=[], dest="changed", metavar="KEY=VALUE")
     parser.add_argument("--out", type=Path, default=Path("studies/poisoned"))
     options = parser.parse_args()
     rules, seeds = options.rules.split(","), options.seeds.split(",")
     found: dict[str, Any] = {rule: {} for rule in rules}
+    recipe_for = partial(recipe_of, options.recipe, options.changed)
+    other = "" if options.recipe == RECIPE else f"_{options.recipe.stem}"
     for seed in seeds:
-        loaded = load(recipe_of(rules[0], int(seed), options.uploads))
+        loaded = load(recipe_for(rules[0], int(seed), options.uploads))
         attackers = choose_attackers(list(loaded.data.clients), SHARE, int(seed))
         for rule in rules:
-            recipe = recipe_of(rule, int(seed), options.uploads)
+            recipe = recipe_for(rule, int(seed), options.uploads)
             for attack in (CLEAN, *ATTACKS):
-                place = options.out / f"{rule}-{attack}-{seed}-{options.uploads}"
+                place = options.out / f"{rule}{other}-{attack}-{seed}-{options.uploads}"
                 do(place, recipe, partial(build, loaded, attack, attackers))
                 run = figures(place, attackers)
                 found[rule].setdefault(attack, {})[seed] = run
@@ -174,9 +179,9 @@ def main() -> None:
             )
             print("".join(f"{cell:>16}" for cell in cells))
     publish(
-        "poisoned",
+        f"poisoned{other}",
         {
-            "recipe": f"recipes/compare/{RECIPE.name}",
+            "recipe": f"recipes/compare/{options.recipe.name}",
             "uploads": options.uploads,
             "poisoned_clients": SHARE,
             "limit": LIMIT,

@@ -58,11 +58,11 @@ def growth(staleness: float) -> float:
     return 1.0 + min(1.0, GROWTH / staleness) if staleness > 0 else 2.0
 
 
-def falls(losses: Sequence[float], window: int) -> bool | None:
+def falls(losses: Sequence[float], window: int) -> bool:
     """Return whether the last ``window`` losses lie below those before by more than they scatter.
 
-    Below by less than the standard error of the difference of the two means is a standstill. None:
-    there are too few to tell, or some are not finite.
+    Below by less than the standard error of the difference of the two means is a standstill; so
+    is what cannot be told, from too few losses or from some that are not finite.
 
     Args:
         losses: in order; the last ``2 * window`` count.
@@ -70,7 +70,7 @@ def falls(losses: Sequence[float], window: int) -> bool | None:
     """
     last, before = losses[-window:], losses[-2 * window : -window]
     if window < 2 or len(before) < window or not all(map(math.isfinite, (*last, *before))):
-        return None
+        return False
     error = math.sqrt((variance(last) + variance(before)) / window)
     return fmean(before) - fmean(last) > error
 
