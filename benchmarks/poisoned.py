@@ -1,6 +1,6 @@
 """What a tenth of poisoned clients does to a run, and whether the journal names their uploads.
 
-    python benchmarks/poisoned.py [--seeds 10,11,12] [--rules alignfed,fedbuff] [--uploads 192]
+    python benchmarks/poisoned.py [--seeds 22,23,24] [--rules alignfed,fedbuff] [--uploads 192]
                                   [--recipe FILE] [--set KEY=VALUE ...]
 
 The clients, devices and data of recipes/compare/builtin-8.toml (96 clients, 32 tasks in flight,
@@ -11,7 +11,9 @@ same rule and seed: the final loss (mean of the last three evaluations, one ever
 the loss over the whole run (geometric mean of all evaluations but the first). Where the loss still
 falls steeply at the end, the first swings with every flush; the second is steadier. Each is an
 ordinary run, kept in --out (studies/poisoned), where `alignfed uploads DIR` shows who was refused
-or cut; runs that are finished there are not done again. Half a minute a run on one core.
+or cut; runs that are finished there are not done again, so that another version of the package
+needs another --out. Seed, rule, uploads, evaluations and workers are set here, whatever --set says.
+Half a minute a run on one core.
 
 Pull is how far an upload moved the server: its coefficient times the length of its update, on
 average over those applied. FedBuff runs at its default step and is there for contrast: no rule may
@@ -21,6 +23,7 @@ apply what the gate refuses, and it damps nothing.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 from collections.abc import Callable, Collection
@@ -142,7 +145,7 @@ def shown(ratio: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", default="10,11,12")
+    parser.add_argument("--seeds", default="22,23,24")
     parser.add_argument("--rules", default="alignfed,fedbuff")
     parser.add_argument("--uploads", type=int, default=192)
     parser.add_argument("--recipe", type=Path, default=RECIPE)
@@ -152,7 +155,9 @@ def main() -> None:
     rules, seeds = options.rules.split(","), options.seeds.split(",")
     found: dict[str, Any] = {rule: {} for rule in rules}
     recipe_for = partial(recipe_of, options.recipe, options.changed)
-    other = "" if options.recipe == RECIPE else f"_{options.recipe.stem}"
+    other = "" if options.recipe.resolve() == RECIPE.resolve() else f"_{options.recipe.stem}"
+    if options.changed:
+        other += "_" + hashlib.sha256(repr(sorted(options.changed)).encode()).hexdigest()[:8]
     for seed in seeds:
         loaded = load(recipe_for(rules[0], int(seed), options.uploads))
         attackers = choose_attackers(list(loaded.data.clients), SHARE, int(seed))
@@ -179,9 +184,11 @@ def main() -> None:
             )
             print("".join(f"{cell:>16}" for cell in cells))
     publish(
-        f"poisoned{other}",
+        f"poisoned_{options.recipe.stem}",
         {
-            "recipe": f"recipes/compare/{options.recipe.name}",
+            "recipe": options.recipe.name,
+            "set": options.changed,
+            "seeds": seeds,
             "uploads": options.uploads,
             "poisoned_clients": SHARE,
             "limit": LIMIT,

@@ -53,6 +53,9 @@ CASES: dict[str, Callable[[], AggregationRule]] = {
     "delayed_nesterov": lambda: make_rule("delayed_nesterov"),
     "delayed_nesterov short": lambda: make_rule("delayed_nesterov", period=2),
     "alignfed": lambda: make_rule("alignfed"),
+    "alignfed weighed": lambda: make_rule(
+        "alignfed", freshness_decay=0.125, participation_exponent=0.25, deviation_keep=0.5
+    ),
     "alignfed both maps": lambda: make_rule("alignfed", alignment_map="both"),
     "alignfed activation": lambda: make_rule("alignfed", alignment_map="activation"),
     "alignfed bare": lambda: make_rule(

@@ -208,7 +208,7 @@ def test_exact_innovations_need_no_rank_maps():
 @pytest.mark.parametrize("variant", ["default", "paper"])
 def test_each_module_makes_a_difference_and_can_be_switched_off(off, variant):
     given = stale_flush(FactorMean())
-    # Deviations are kept whole unless asked for otherwise: two seeds in six regimes showed no use.
+    # By default deviations are kept whole (docs/adr/0034).
     rule = AlignFed(variant=variant, deviation_keep=0.5)
     assert (
         apply(rule, given).adapter.checksum

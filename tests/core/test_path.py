@@ -105,6 +105,7 @@ def test_a_valley_is_below_every_version_or_clearly_below_an_end_long_past_its_b
     assert not in_valley(1.1, [1.0, 2.0, 3.0, 2.0], margin=0.02)  # three past the best
     assert in_valley(1.1, [1.0, 2.0, 3.0, 2.0, 2.0], margin=0.02)
     assert not in_valley(1.97, [1.0, 2.0, 3.0, 2.0, 2.0], margin=0.02)
+    assert not in_valley(2.0, [2.0, 2.0, 2.0, 2.0, 2.1], margin=0.02)  # one past its best
 
 
 def test_a_mean_is_measured_only_while_the_last_version_is_not_the_best():

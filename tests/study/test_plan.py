@@ -123,9 +123,14 @@ def test_each_variant_switches_one_module_off():
     found = variants(own)
     assert found["full"] == own
     assert {"without alignment", "without fairness", "without guard"} <= set(found)
-    assert {"without averaging", "without memory", "without lengths"} <= set(found)
-    # What does nothing by default is not there to be switched off.
+    assert {"without averaging", "without memory"} <= set(found)
+    # What does nothing by default is not there to be switched off, and lengths are all of fairness.
     assert not {"without grouping", "without freshness", "without participation"} & set(found)
+    assert "without lengths" not in found
+    none = variants(replace(own, settings={"length_exponent": 0.0}))
+    assert not {"without fairness", "without lengths"} & set(none)
+    paper = variants(replace(own, settings={"variant": "paper"}))
+    assert {"without grouping", "without alignment", "without fairness"} <= set(paper)
     for name, arm in found.items():
         switched = len(arm.settings) + (arm.local_steps == "equal")
         assert switched == (name != "full")
@@ -134,6 +139,7 @@ def test_each_variant_switches_one_module_off():
     more = {"deviation_keep": 0.5, "freshness_decay": 0.125, "participation_exponent": 0.25}
     more_on = variants(replace(own, settings=more))
     assert {"without grouping", "without freshness", "without participation"} <= set(more_on)
+    assert {"without fairness", "without lengths"} <= set(more_on)
     assert more_on["without freshness"].settings == more | {"freshness_decay": 0.0}
     assert more_on["without grouping"].settings == more | {"grouping": False}
     off = replace(own, settings={"guard": False}, local_steps="equal")

@@ -37,13 +37,12 @@ from alignfed.study.tables import ablation_table
 FULL = "full"
 """The variant with every module on."""
 
-NUMBERS = {
-    "grouping": ("deviation_keep", 1.0),
-    "freshness": ("freshness_decay", 0.0),
-    "participation": ("participation_exponent", 0.0),
-    "lengths": ("length_exponent", 0.0),
+PARTS = {
+    "freshness": "freshness_decay",
+    "participation": "participation_exponent",
+    "lengths": "length_exponent",
 }
-"""Modules that do nothing while a number has this value, whatever their switch says."""
+"""What ``fairness`` weighs by, and the number that leaves it out by being 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +68,24 @@ class Regime:
 def variants(own: Arm) -> dict[str, Arm]:
     """Return the method with each module off in turn, by the variant's name, the full one first.
 
-    A module that ``own`` or the method's defaults leave off is not there to be switched off.
+    A module that ``own`` or the method's defaults leave off, by its switch or by a number, is not
+    there to be switched off; nor is a part of fairness that is all of it.
     """
     known = {one.name: one.default for one in RULES[METHOD].settings}
     values = {**known, **own.settings}
-    idle = {module for module, (name, off) in NUMBERS.items() if values[name] == off}
+    parts, idle = [], set()
+    if values["variant"] == "default":  # the paper's knows none of these numbers
+        parts = [part for part, name in PARTS.items() if values[name]]
+        if not parts:
+            idle.add("fairness")
+        if values["deviation_keep"] == 1:
+            idle.add("grouping")
     found = {FULL: own}
     for name, value in known.items():
         if isinstance(value, bool) and values[name] is True and name not in idle:
             found[f"without {name}"] = own.with_settings(**{name: False})
-    for module, (name, off) in NUMBERS.items():
-        if module not in known and module not in idle:
-            found[f"without {module}"] = own.with_settings(**{name: off})
+    if values["fairness"] and len(parts) > 1:
+        found |= {f"without {part}": own.with_settings(**{PARTS[part]: 0.0}) for part in parts}
     if own.local_steps != "equal":
         found["without local steps by speed"] = replace(own, local_steps="equal")
     return found

@@ -62,7 +62,7 @@ RULES: Mapping[str, RuleEntry] = {
     "alignfed": RuleEntry(
         AlignFed,
         synchronous=False,
-        description="grouping by version, cross-version alignment, fairness, agreement, guard",
+        description="cross-version alignment, fairness, agreement, memory, a guard on the step",
         source="after Wang, Gao and Wang 2026, arXiv 2606.08197",
         step_grid=(0.3, 1.0, 2.0, 4.0),
     ),

@@ -70,5 +70,6 @@ def in_valley(loss: float, losses: Sequence[float], margin: float) -> bool:
         margin: as a share of the end's loss.
     """
     best, end = min(losses), losses[-1]
-    since = len(losses) - 1 - losses.index(best)
+    # The last of equals: a step that was given up leaves the version where it was.
+    since = losses[::-1].index(best)
     return loss < best or (since >= LEAST_VERSIONS and loss < end - margin * abs(end))

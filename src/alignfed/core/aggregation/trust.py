@@ -95,7 +95,8 @@ def trusted_step(
         calibrator: measures losses.
         candidate: returns the adapter that a multiple of the step leads to.
         tolerance: rise of the loss accepted, as a share of it.
-        margin: what half a step must be better by to be taken instead, as a share of the loss.
+        margin: what half a step, or a mean of versions, must be better by to be taken instead, as
+            a share of the loss.
         window: flushes whose highest loss a step is measured against.
         max_backtracks: halvings before a step is given up.
         averaging: whether the mean of the last versions may be taken in their place.
