@@ -347,13 +347,13 @@ def test_early_harm_is_measured_against_the_last_flushes():
 
 
 def test_a_loss_falls_where_its_mean_does_by_more_than_it_scatters():
-    assert falls([3.0, 3.1, 2.0, 2.1], 2)
-    assert not falls([3.0, 3.4, 3.1, 3.2], 2)
-    assert not falls([2.0, 2.1, 3.0, 3.1], 2)
-    assert not falls([2.0, 2.0, 2.0, 2.0], 2)
-    assert not falls([3.0, 2.0, 2.1], 2)
-    assert not falls([float("inf"), 3.0, 2.0, 2.1], 2)
-    assert not falls([3.0, 2.0], 1)
+    assert falls([3.0, 3.1, 2.0, 2.1], 2) is True
+    assert falls([3.0, 3.4, 3.1, 3.2], 2) is False
+    assert falls([2.0, 2.1, 3.0, 3.1], 2) is False
+    assert falls([2.0, 2.0, 2.0, 2.0], 2) is False
+    assert falls([3.0, 2.0, 2.1], 2) is False
+    assert falls([float("inf"), 3.0, 2.0, 2.1], 2) is False
+    assert falls([3.0, 2.0], 1) is False
 
 
 def test_trust_grows_the_more_slowly_the_later_a_step_is_felt():
